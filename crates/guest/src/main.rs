@@ -1,0 +1,3 @@
+//! The witness: the program that is init in the test guest.
+
+fn main() {}
