@@ -1,0 +1,315 @@
+//! What controller and agents, and agents among themselves, say to each other (`/v1` of an agent).
+//!
+//! The controller asks for everything but the handoff; the handoff's messages ([`Handoff`]) go from the source's agent to
+//! the destination's, or through the controller as a relay that adds nothing and is never needed for safety.
+//!
+//! | call | asked by | what |
+//! |---|---|---|
+//! | `GET /v1/host` | controller | [`HostReport`] |
+//! | `PUT, DELETE /v1/networks/{name}` | controller | [`crate::pool::Network`] |
+//! | `PUT, DELETE /v1/storages/{name}` | controller | [`crate::pool::Storage`] → [`StorageReport`] |
+//! | `POST /v1/storages/{name}/token` | controller | writes a token → [`SharedToken`] |
+//! | `POST /v1/storages/{name}/seen` | controller | [`SharedToken`] → [`TokenSeen`] |
+//! | `GET /v1/vms`, `GET /v1/vms/{id}` | controller | [`VmReport`] |
+//! | `PUT /v1/vms/{id}` | controller | [`crate::vm::VmDefinition`] → [`VmReport`]; creates the disks |
+//! | `POST /v1/vms/{id}/start`, `stop`, `pause`, `resume` | controller | → [`VmReport`] |
+//! | `DELETE /v1/vms/{id}` | controller | with its disks |
+//! | `GET /v1/vms/{id}/console` | controller | WebSocket, bytes both ways |
+//! | `POST /v1/knock/listen` | controller | [`KnockListen`] → [`KnockAddress`] |
+//! | `POST /v1/knock/connect` | controller | [`KnockConnect`] → [`Reach`] |
+//! | `PUT /v1/incoming/{migration}` | controller | [`IncomingRequest`] → [`IncomingOffer`] |
+//! | `GET /v1/incoming/{migration}` | controller | [`IncomingReport`] |
+//! | `DELETE /v1/incoming/{migration}` | controller | abandon before GO, or forget after the end → [`IncomingReport`] |
+//! | `POST /v1/incoming/{migration}/handoff` | source agent, controller | [`Handoff`] → [`Handoff`] |
+//! | `PUT /v1/outgoing/{migration}` | controller | [`OutgoingRequest`] → [`OutgoingReport`] |
+//! | `GET /v1/outgoing/{migration}` | controller | [`OutgoingReport`] |
+//! | `GET /v1/outgoing/{migration}/watch` | controller | [`OutgoingReport`] as server-sent events |
+//! | `POST /v1/outgoing/{migration}/cancel` | controller | → [`OutgoingReport`], or `handed-over` |
+//! | `DELETE /v1/outgoing/{migration}` | controller | retire: the record has moved, forget the VM |
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use whimbrel_migration::downtime::Downtime;
+use whimbrel_migration::handoff::Message;
+use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
+use whimbrel_migration::phase::Phase;
+
+use crate::migration::{MigrateOptions, Progress, Stay};
+use crate::vm::{RunningEngine, VmDefinition, VmState};
+
+/// What a host says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HostReport {
+    /// Its name.
+    pub name: Name,
+    /// Whimbrel's version.
+    pub version: String,
+    /// Logical processors.
+    pub cpus: u32,
+    /// The processor's name.
+    pub cpu_model: String,
+    /// Memory in bytes.
+    pub memory_total_bytes: u64,
+    /// MemAvailable less what running guests may still touch, in bytes.
+    pub memory_available_bytes: u64,
+    /// The QEMUs there, the first being the one for new VMs.
+    pub engines: Vec<EngineReport>,
+    /// Networks whose bridge is there.
+    pub networks: Vec<Name>,
+    /// Storages that are there.
+    pub storages: Vec<StorageReport>,
+    /// The address that other hosts' QEMUs connect to; a host name or an IP address.
+    pub migration_address: String,
+    /// VMs that it owns.
+    pub vms: u32,
+    /// Days until its first certificate expires.
+    pub certificate_days_left: i64,
+}
+
+/// A QEMU that is installed on a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct EngineReport {
+    /// QEMU's version, such as `7.2.22`.
+    pub version: String,
+    /// `kvm` or `tcg`: what a VM started there will use.
+    pub accelerator: String,
+    /// Versioned machine types on offer.
+    pub machines: Vec<String>,
+    /// CPU models that run here under that accelerator.
+    pub cpu_models: Vec<String>,
+}
+
+/// A storage on one host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StorageReport {
+    /// Its name.
+    pub name: Name,
+    /// Whether it can be used, and if not, why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+    /// Bytes in all.
+    pub total_bytes: u64,
+    /// Bytes free to use.
+    pub available_bytes: u64,
+}
+
+/// A token in a shared storage: written by one host, looked for by another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SharedToken {
+    /// The token: the file's name and content; 32 hexadecimal digits.
+    pub token: String,
+}
+
+/// Whether a token is seen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenSeen {
+    /// It is.
+    pub seen: bool,
+}
+
+/// A VM on its host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmReport {
+    /// Its definition.
+    pub definition: VmDefinition,
+    /// How it is.
+    #[serde(flatten)]
+    pub state: VmState,
+    /// The epoch in which this host owns it.
+    pub epoch: Epoch,
+    /// What runs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<RunningEngine>,
+}
+
+/// Asks the destination to listen on a migration port for a moment, so that the source can try the way before anything
+/// is prepared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KnockListen {
+    /// Who will knock.
+    pub from: Name,
+}
+
+/// Where to knock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnockAddress {
+    /// Host name or IP address, without port.
+    pub host: String,
+    /// A port of the migration range.
+    pub port: u16,
+}
+
+/// Asks the source to knock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KnockConnect {
+    /// The destination.
+    pub to: Name,
+    /// Where.
+    pub address: KnockAddress,
+}
+
+/// How far a knock came.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "reach")]
+pub enum Reach {
+    /// The way is open, and the right host is at its end.
+    Open {
+        /// The address that the name resolved to.
+        address: SocketAddr,
+    },
+    /// The name has no address.
+    Unresolvable {
+        /// What the resolver said.
+        why: String,
+    },
+    /// Nobody answers on that port.
+    Closed {
+        /// What the system said.
+        why: String,
+    },
+    /// Somebody answers, but the certificates do not fit.
+    Untrusted {
+        /// What is wrong with which.
+        why: String,
+    },
+}
+
+/// Asks the destination to prepare.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IncomingRequest {
+    /// The VM.
+    pub definition: VmDefinition,
+    /// The source.
+    pub source: Name,
+    /// The epoch that the destination would take.
+    pub epoch: Epoch,
+    /// Whether the user has paused the VM: it arrives paused.
+    pub paused: bool,
+    /// The controller's signed permission, see `whimbrel_pki::grant`.
+    pub grant: String,
+}
+
+/// The destination is prepared: a QEMU listens, stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IncomingOffer {
+    /// Where the destination's QEMU listens.
+    pub address: SocketAddr,
+    /// Where the destination's agent listens: for the handoff.
+    pub agent: String,
+    /// The one-time ticket that the source shows with every handoff message.
+    pub ticket: String,
+    /// Spawn to listening, in milliseconds.
+    pub start_ms: u64,
+}
+
+/// How the destination's side is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "side")]
+pub enum IncomingReport {
+    /// Nothing is known of this migration here, and nothing will run.
+    None,
+    /// A QEMU listens or loads; no GO has come.
+    Waiting,
+    /// Refused durably; the QEMU is gone.
+    Refused {
+        /// Why.
+        why: String,
+    },
+    /// This host owns the VM.
+    Owned {
+        /// The epoch.
+        epoch: Epoch,
+        /// How the VM is.
+        vm: VmState,
+    },
+}
+
+/// A message of the handoff, with the ticket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Handoff {
+    /// The ticket of this migration; empty in answers.
+    #[serde(default)]
+    pub ticket: String,
+    /// The message.
+    pub message: Message,
+    /// When the destination's guest ran again, if this is the answer to GO: microseconds that the GO took there, and
+    /// QEMU's own time stamp of its RESUME event (microseconds since 1970, the destination's clock).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed: Option<Resumed>,
+}
+
+/// When the guest ran again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resumed {
+    /// From GO's arrival to QEMU's RESUME event, in microseconds.
+    pub go_to_resume_us: u64,
+    /// QEMU's time stamp of RESUME, microseconds since 1970, by the destination's clock.
+    pub resume_at_us: u64,
+}
+
+/// Asks the source to send.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OutgoingRequest {
+    /// The VM.
+    pub vm: VmId,
+    /// The destination.
+    pub destination: Name,
+    /// The epoch that the destination would take.
+    pub epoch: Epoch,
+    /// How.
+    pub options: MigrateOptions,
+    /// What the destination offered.
+    pub offer: IncomingOffer,
+    /// The controller's signed permission.
+    pub grant: String,
+}
+
+/// How the source's side is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OutgoingReport {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The VM.
+    pub vm: VmId,
+    /// The phase.
+    pub phase: Phase,
+    /// The latest figures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// The pause by its parts, once it is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<Downtime>,
+    /// The end, from the source's point of view.
+    #[serde(flatten)]
+    pub end: OutgoingEnd,
+}
+
+/// How the source's side ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "end")]
+pub enum OutgoingEnd {
+    /// It has not.
+    Open,
+    /// The destination confirmed: it owns and runs the VM.
+    Moved,
+    /// The guest is this host's, as before.
+    Stayed {
+        /// Why.
+        why: Stay,
+    },
+    /// Released, and the destination has not answered yet; asking goes on.
+    Unresolved {
+        /// The host to ask.
+        ask: Name,
+    },
+}

@@ -1,0 +1,72 @@
+//! A VM's serial console over a WebSocket: bytes both ways.
+
+use std::pin::Pin;
+
+use futures::{SinkExt, StreamExt};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_tungstenite::tungstenite::{Error as WsError, Message};
+use tokio_tungstenite::{WebSocketStream, client_async};
+
+use super::{Caller, Target};
+use crate::{ApiError, ErrorCode};
+
+trait Stream: AsyncRead + AsyncWrite + Send {}
+impl<S: AsyncRead + AsyncWrite + Send> Stream for S {}
+
+/// An open console.
+pub struct Console {
+    socket: WebSocketStream<Pin<Box<dyn Stream>>>,
+}
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Console")
+    }
+}
+
+impl Console {
+    pub(super) async fn open(caller: &Caller, path: &str) -> Result<Self, ApiError> {
+        let target = match &caller.target {
+            Target::Tcp(address) => whimbrel_pki::connect::Target::Tcp(address.clone()),
+            Target::Unix(path) => whimbrel_pki::connect::Target::Unix(path.clone()),
+        };
+        let stream =
+            whimbrel_pki::connect::connect(&target, &caller.server_name, caller.tls.clone())
+                .await
+                .map_err(|error| caller.unreachable(&error))?;
+        let stream: Pin<Box<dyn Stream>> = Box::pin(stream);
+        let url = format!("wss{}{path}", caller.base.strip_prefix("https").unwrap_or(&caller.base));
+        match client_async(url, stream).await {
+            Ok((socket, _)) => Ok(Self { socket }),
+            Err(WsError::Http(response)) => {
+                let body = response.body().as_deref().unwrap_or_default();
+                Err(serde_json::from_slice(body).unwrap_or_else(|_| {
+                    let message = format!(
+                        "{} does not open the console: HTTP {}",
+                        caller.who(),
+                        response.status()
+                    );
+                    ApiError::new(ErrorCode::Internal, message)
+                }))
+            }
+            Err(error) => Err(caller.unreachable(&error)),
+        }
+    }
+
+    /// The next bytes from the guest; `None` at the end.
+    pub async fn read(&mut self) -> Option<Vec<u8>> {
+        loop {
+            match self.socket.next().await?.ok()? {
+                Message::Binary(bytes) => return Some(bytes.to_vec()),
+                Message::Text(text) => return Some(text.as_bytes().to_vec()),
+                Message::Close(_) => return None,
+                _ => {}
+            }
+        }
+    }
+
+    /// Sends bytes to the guest; `false` when the console has ended.
+    pub async fn write(&mut self, bytes: &[u8]) -> bool {
+        self.socket.send(Message::binary(bytes.to_vec())).await.is_ok()
+    }
+}
