@@ -1,0 +1,169 @@
+//! What one QEMU program can do on this host: version, machine types, accelerators, processors.
+//!
+//! Found by starting it without a machine (`-machine none`), asking over QMP, and ending it; that
+//! takes well below a second. Nothing is concluded from the version number.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::schema::Features;
+
+/// Where a QEMU is installed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Installation {
+    /// The program, `…/qemu-system-x86_64`.
+    pub binary: PathBuf,
+    /// Folder of firmware and option ROMs (`-L`), where it is not the one QEMU was built with.
+    #[serde(default)]
+    pub data_dir: Option<PathBuf>,
+    /// Folders of shared libraries (`LD_LIBRARY_PATH`), for a QEMU unpacked into a folder.
+    #[serde(default)]
+    pub library_dirs: Vec<PathBuf>,
+}
+
+impl Installation {
+    /// A QEMU installed in the usual way.
+    #[must_use]
+    pub fn at(binary: impl Into<PathBuf>) -> Self {
+        Self { binary: binary.into(), data_dir: None, library_dirs: Vec::new() }
+    }
+
+    /// What its environment needs, for [`Launch::environment`](crate::process::Launch).
+    #[must_use]
+    pub fn environment(&self) -> Vec<(OsString, OsString)> {
+        if self.library_dirs.is_empty() {
+            return Vec::new();
+        }
+        let mut joined = OsString::new();
+        for dir in &self.library_dirs {
+            if !joined.is_empty() {
+                joined.push(":");
+            }
+            joined.push(dir);
+        }
+        vec![("LD_LIBRARY_PATH".into(), joined)]
+    }
+}
+
+/// How vCPUs are run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// By the processor's own means.
+    Kvm,
+    /// By translation: any host can, slowly.
+    Tcg,
+}
+
+impl Accelerator {
+    /// QEMU's word.
+    #[must_use]
+    pub fn as_wire(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// What one QEMU program can do on this host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineFacts {
+    /// The program that was asked.
+    pub installation: Installation,
+    /// Its version as (major, minor, micro).
+    pub version: (u32, u32, u32),
+    /// The packager's word on the version.
+    pub package: String,
+    /// Machine types, versioned ones and aliases.
+    pub machine_types: Vec<MachineType>,
+    /// The accelerator that VMs use here: chosen by hand, or the best that works.
+    pub accelerator: Accelerator,
+    /// Why that one, in a sentence for people.
+    pub accelerator_reason: String,
+    /// Processor models.
+    pub cpu_models: Vec<CpuModel>,
+    /// The features that the best possible guest processor (`max`) has here under the
+    /// accelerator, by QEMU's names.
+    pub host_cpu_features: BTreeMap<String, bool>,
+    /// Features of the QMP side.
+    pub features: Features,
+}
+
+/// One machine type.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineType {
+    /// Its full name, e.g. `pc-q35-7.2`.
+    pub name: String,
+    /// Another name for it in this version, e.g. `q35`.
+    pub alias: Option<String>,
+    /// Whether it is what QEMU takes when told none.
+    pub is_default: bool,
+    /// Whether QEMU is about to drop it.
+    pub deprecated: bool,
+    /// The vCPUs that it can have.
+    pub vcpus_max: Option<u64>,
+}
+
+/// One processor model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuModel {
+    /// Its name, e.g. `Nehalem-v1`.
+    pub name: String,
+    /// What the name stands for in this version, e.g. `Nehalem` → `Nehalem-v1`.
+    pub alias_of: Option<String>,
+    /// Features it has that this host can not give; empty means that it runs here.
+    pub unavailable_features: Vec<String>,
+    /// Whether it means the same on every host, so that a VM with it can move.
+    pub migration_safe: bool,
+    /// Whether QEMU is about to drop it.
+    pub deprecated: bool,
+}
+
+/// Why an engine's facts are not known.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// It can not be run.
+    #[error("can not run {}", binary.display())]
+    Run {
+        /// The program.
+        binary: PathBuf,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl EngineFacts {
+    /// Asks an engine. `forced` overrides the choice of the accelerator.
+    ///
+    /// # Errors
+    ///
+    /// [`ProbeError`]; no process is left.
+    pub async fn probe(
+        installation: &Installation,
+        forced: Option<Accelerator>,
+    ) -> Result<Self, ProbeError> {
+        let _ = (installation, forced);
+        unimplemented!()
+    }
+
+    /// The versioned machine type that a name stands for here, so that a VM can be pinned to it;
+    /// `None` where there is no such machine type.
+    #[must_use]
+    pub fn pinned_machine_type(&self, name: &str) -> Option<&str> {
+        let named =
+            |machine: &&MachineType| machine.name == name || machine.alias.as_deref() == Some(name);
+        self.machine_types.iter().find(named).map(|machine| machine.name.as_str())
+    }
+
+    /// A processor model by its name.
+    #[must_use]
+    pub fn cpu_model(&self, name: &str) -> Option<&CpuModel> {
+        self.cpu_models.iter().find(|model| model.name == name)
+    }
+}

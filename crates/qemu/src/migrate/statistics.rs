@@ -1,0 +1,215 @@
+//! The state and the figures of a migration, as `query-migrate` tells them on either side.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::qmp::{Qmp, QmpError};
+
+/// The state of a migration.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationStatus {
+    /// There has been none.
+    #[default]
+    None,
+    /// Connecting, or waiting for the first byte.
+    Setup,
+    /// Being cancelled.
+    Cancelling,
+    /// Cancelled.
+    Cancelled,
+    /// Copying memory.
+    Active,
+    /// Post-copy.
+    PostcopyActive,
+    /// Post-copy, connection lost.
+    PostcopyPaused,
+    /// Post-copy, reconnecting (10.0).
+    PostcopyRecoverSetup,
+    /// Post-copy, recovering.
+    PostcopyRecover,
+    /// Done on this side.
+    Completed,
+    /// Failed on this side.
+    Failed,
+    /// COLO.
+    Colo,
+    /// The guest is stopped and QEMU waits for `migrate-continue`.
+    PreSwitchover,
+    /// Device states are on their way.
+    Device,
+    /// Waits for a guest to let go of a device.
+    WaitUnplug,
+    /// A state that we do not know.
+    #[serde(untagged)]
+    Unknown(String),
+}
+
+impl MigrationStatus {
+    /// Reads QEMU's word.
+    #[must_use]
+    pub fn from_wire(word: &str) -> Self {
+        match word {
+            "none" => Self::None,
+            "setup" => Self::Setup,
+            "cancelling" => Self::Cancelling,
+            "cancelled" => Self::Cancelled,
+            "active" => Self::Active,
+            "postcopy-active" => Self::PostcopyActive,
+            "postcopy-paused" => Self::PostcopyPaused,
+            "postcopy-recover-setup" => Self::PostcopyRecoverSetup,
+            "postcopy-recover" => Self::PostcopyRecover,
+            "completed" => Self::Completed,
+            "failed" => Self::Failed,
+            "colo" => Self::Colo,
+            "pre-switchover" => Self::PreSwitchover,
+            "device" => Self::Device,
+            "wait-unplug" => Self::WaitUnplug,
+            other => Self::Unknown(other.to_owned()),
+        }
+    }
+}
+
+/// Every figure that QEMU tells of a migration. All optional: which are there depends on the
+/// state, the capabilities and the version.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Statistics {
+    /// The state.
+    pub status: MigrationStatus,
+    /// QEMU's text on a failure.
+    pub error_desc: Option<String>,
+    /// Why this VM can not be migrated at all, if so.
+    pub blocked_reasons: Vec<String>,
+    /// Milliseconds since the start (while it runs) or in total.
+    pub total_time_ms: Option<u64>,
+    /// Milliseconds that the guest was stopped, as the source sees it; at the end only.
+    pub downtime_ms: Option<u64>,
+    /// Milliseconds that the guest would be stopped if the switchover came now.
+    pub expected_downtime_ms: Option<u64>,
+    /// Milliseconds of setup.
+    pub setup_time_ms: Option<u64>,
+    /// Memory.
+    pub ram: RamStatistics,
+    /// XBZRLE's cache, where used.
+    pub xbzrle_cache: Option<Value>,
+    /// Share of time that vCPUs are held back, in percent.
+    pub cpu_throttle_percentage: Option<u64>,
+    /// Longest round time of the dirty limit, microseconds.
+    pub dirty_limit_throttle_time_per_round_us: Option<u64>,
+    /// Time that the dirty limit takes to fill a dirty ring, microseconds.
+    pub dirty_limit_ring_full_time_us: Option<u64>,
+    /// Milliseconds that all vCPUs were blocked by post-copy.
+    pub postcopy_blocktime_ms: Option<u64>,
+    /// The same per vCPU.
+    pub postcopy_vcpu_blocktime_ms: Vec<u64>,
+}
+
+/// The figures of the guest's memory.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RamStatistics {
+    /// Bytes sent.
+    pub transferred_bytes: Option<u64>,
+    /// Bytes still to send.
+    pub remaining_bytes: Option<u64>,
+    /// Bytes of guest memory.
+    pub total_bytes: Option<u64>,
+    /// Zero pages.
+    pub duplicate_pages: Option<u64>,
+    /// Pages sent whole.
+    pub normal_pages: Option<u64>,
+    /// The same in bytes.
+    pub normal_bytes: Option<u64>,
+    /// Pages that the guest dirties per second.
+    pub dirty_pages_rate: Option<u64>,
+    /// Throughput, megabits per second.
+    pub mbps: Option<f64>,
+    /// Pages sent per second.
+    pub pages_per_second: Option<u64>,
+    /// Passes over the dirty bitmap.
+    pub dirty_sync_count: Option<u64>,
+    /// Passes in which zero-copy had to copy.
+    pub dirty_sync_missed_zero_copy: Option<u64>,
+    /// Bytes sent while the guest ran.
+    pub precopy_bytes: Option<u64>,
+    /// Bytes sent while it was stopped.
+    pub downtime_bytes: Option<u64>,
+    /// Bytes sent in post-copy.
+    pub postcopy_bytes: Option<u64>,
+    /// Pages that the destination asked for in post-copy.
+    pub postcopy_requests: Option<u64>,
+    /// Bytes sent by multifd.
+    pub multifd_bytes: Option<u64>,
+    /// Bytes per page.
+    pub page_size_bytes: Option<u64>,
+}
+
+impl Statistics {
+    /// Asks QEMU.
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError`].
+    pub async fn query(qmp: &Qmp) -> Result<Self, QmpError> {
+        Ok(Self::from_wire(&qmp.execute("query-migrate", Value::Null).await?))
+    }
+
+    /// Reads the answer of `query-migrate`.
+    #[must_use]
+    pub fn from_wire(answer: &Value) -> Self {
+        let number = |key: &str| answer.get(key).and_then(Value::as_u64);
+        let text = |key: &str| answer.get(key).and_then(Value::as_str).map(str::to_owned);
+        let list = |key: &str| answer.get(key).and_then(Value::as_array);
+        Self {
+            status: answer
+                .get("status")
+                .and_then(Value::as_str)
+                .map_or(MigrationStatus::None, MigrationStatus::from_wire),
+            error_desc: text("error-desc"),
+            blocked_reasons: list("blocked-reasons")
+                .map(|reasons| {
+                    reasons.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+                })
+                .unwrap_or_default(),
+            total_time_ms: number("total-time"),
+            downtime_ms: number("downtime"),
+            expected_downtime_ms: number("expected-downtime"),
+            setup_time_ms: number("setup-time"),
+            ram: answer.get("ram").map(RamStatistics::from_wire).unwrap_or_default(),
+            xbzrle_cache: answer.get("xbzrle-cache").cloned(),
+            cpu_throttle_percentage: number("cpu-throttle-percentage"),
+            dirty_limit_throttle_time_per_round_us: number("dirty-limit-throttle-time-per-round"),
+            dirty_limit_ring_full_time_us: number("dirty-limit-ring-full-time"),
+            postcopy_blocktime_ms: number("postcopy-blocktime"),
+            postcopy_vcpu_blocktime_ms: list("postcopy-vcpu-blocktime")
+                .map(|times| times.iter().filter_map(Value::as_u64).collect())
+                .unwrap_or_default(),
+        }
+    }
+}
+
+impl RamStatistics {
+    fn from_wire(ram: &Value) -> Self {
+        let number = |key: &str| ram.get(key).and_then(Value::as_u64);
+        Self {
+            transferred_bytes: number("transferred"),
+            remaining_bytes: number("remaining"),
+            total_bytes: number("total"),
+            duplicate_pages: number("duplicate"),
+            normal_pages: number("normal"),
+            normal_bytes: number("normal-bytes"),
+            dirty_pages_rate: number("dirty-pages-rate"),
+            mbps: ram.get("mbps").and_then(Value::as_f64),
+            pages_per_second: number("pages-per-second"),
+            dirty_sync_count: number("dirty-sync-count"),
+            dirty_sync_missed_zero_copy: number("dirty-sync-missed-zero-copy"),
+            precopy_bytes: number("precopy-bytes"),
+            downtime_bytes: number("downtime-bytes"),
+            postcopy_bytes: number("postcopy-bytes"),
+            postcopy_requests: number("postcopy-requests"),
+            multifd_bytes: number("multifd-bytes"),
+            page_size_bytes: number("page-size"),
+        }
+    }
+}

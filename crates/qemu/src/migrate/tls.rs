@@ -1,0 +1,1 @@
+//! QEMU's TLS objects for one migration.

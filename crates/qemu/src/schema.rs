@@ -1,0 +1,176 @@
+//! Which features a QEMU has, decided by its own description of QMP (`query-qmp-schema`).
+//!
+//! Never by its version: distributors backport and leave out. The description is one list of
+//! types that refer to each other by meaningless names; [`Schema`] follows them, [`Features`] is
+//! what the rest of the crate asks.
+
+use std::collections::{BTreeSet, HashMap};
+
+use serde_json::{Value, json};
+
+use crate::qmp::{Qmp, QmpError};
+
+/// How many types deep an argument may be nested before we stop following the references.
+const TYPE_DEPTH_MAX: usize = 16;
+
+/// What this QEMU can do, of what we would use where it exists.
+///
+/// The comments name the versions among 7.2 and 10.0 that have a feature, for orientation only.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Features {
+    /// Several connections for one migration (7.2, 10.0).
+    pub multifd: bool,
+    /// `migrate` takes a list of channels instead of an address (10.0).
+    pub channels: bool,
+    /// The destination says when it is ready for the switchover (10.0).
+    pub switchover_ack: bool,
+    /// `migrate-incoming` can be told to stay after a failure, and to say why (10.0).
+    pub exit_on_error: bool,
+    /// The two ends compare the VM's uuid (7.2, 10.0).
+    pub validate_uuid: bool,
+    /// The bandwidth assumed for the switchover can be given (10.0).
+    pub avail_switchover_bandwidth: bool,
+    /// Where zero pages are found can be chosen (10.0).
+    pub zero_page_detection: bool,
+    /// Every migration capability by its name, for the comparison of two ends.
+    pub migration_capabilities: BTreeSet<String>,
+}
+
+impl Features {
+    /// Asks a QEMU.
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError`] of `query-qmp-schema`.
+    pub async fn query(qmp: &Qmp) -> Result<Self, QmpError> {
+        Ok(Self::of(&Schema::query(qmp).await?))
+    }
+
+    /// Reads them from a description.
+    #[must_use]
+    pub fn of(schema: &Schema) -> Self {
+        let migration_capabilities =
+            schema.words("migrate-set-capabilities", "capabilities/capability");
+        let has = |name: &str| migration_capabilities.contains(name);
+        let takes = |argument: &str| schema.has_argument("migrate-set-parameters", argument);
+        Self {
+            multifd: has("multifd"),
+            channels: schema.has_argument("migrate", "channels"),
+            switchover_ack: has("switchover-ack"),
+            exit_on_error: schema.has_argument("migrate-incoming", "exit-on-error"),
+            validate_uuid: has("validate-uuid"),
+            avail_switchover_bandwidth: takes("avail-switchover-bandwidth"),
+            zero_page_detection: takes("zero-page-detection"),
+            migration_capabilities,
+        }
+    }
+}
+
+/// A QEMU's own description of its commands.
+#[derive(Debug, Clone, Default)]
+pub struct Schema {
+    entities: HashMap<String, Value>,
+}
+
+impl Schema {
+    /// Asks a QEMU.
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError`] of `query-qmp-schema`.
+    pub async fn query(qmp: &Qmp) -> Result<Self, QmpError> {
+        const COMMAND: &str = "query-qmp-schema";
+        let answer = qmp.execute(COMMAND, Value::Null).await?;
+        let Value::Array(list) = answer else {
+            return Err(QmpError::malformed(COMMAND, "not a list"));
+        };
+        Ok(Self::from_list(list))
+    }
+
+    /// Reads the list that `query-qmp-schema` returns; entries without a name are left out.
+    #[must_use]
+    pub fn from_list(list: Vec<Value>) -> Self {
+        let named = |entity: Value| {
+            let name = entity.get("name").and_then(Value::as_str)?.to_owned();
+            Some((name, entity))
+        };
+        Self { entities: list.into_iter().filter_map(named).collect() }
+    }
+
+    /// Whether there is such a command.
+    #[must_use]
+    pub fn has_command(&self, command: &str) -> bool {
+        self.command(command).is_some()
+    }
+
+    /// Whether the command takes the argument; `a/b` means member `b` within argument `a`, and
+    /// lists count as their elements.
+    #[must_use]
+    pub fn has_argument(&self, command: &str, path: &str) -> bool {
+        self.argument(command, path).is_some()
+    }
+
+    /// The words that an argument may have; empty where it is no enumeration or does not exist.
+    #[must_use]
+    pub fn words(&self, command: &str, path: &str) -> BTreeSet<String> {
+        let entity = self.argument(command, path).and_then(|name| self.element(name));
+        // `values` is what 7.2 tells too; `members` came beside it in 6.1.
+        let values = entity.and_then(|entity| entity.get("values")).and_then(Value::as_array);
+        let word = |value: &Value| value.as_str().map(str::to_owned);
+        values.map(|values| values.iter().filter_map(word).collect()).unwrap_or_default()
+    }
+
+    fn command(&self, name: &str) -> Option<&Value> {
+        let entity = self.entities.get(name)?;
+        (entity.get("meta-type") == Some(&json!("command"))).then_some(entity)
+    }
+
+    /// The name of an argument's type.
+    fn argument(&self, command: &str, path: &str) -> Option<&str> {
+        let mut of_type = self.command(command)?.get("arg-type")?.as_str()?;
+        for member in path.split('/') {
+            of_type = self.member(of_type, member, TYPE_DEPTH_MAX)?;
+        }
+        Some(of_type)
+    }
+
+    /// The type of a member of an object type, of its variants, or of an alternate's branches.
+    fn member(&self, of_type: &str, name: &str, depth: usize) -> Option<&str> {
+        let depth = depth.checked_sub(1)?;
+        let entity = self.element(of_type)?;
+        let parts = |key: &str| {
+            entity.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
+        };
+        let type_of = |part: &'_ Value| -> Option<String> {
+            part.get("type").and_then(Value::as_str).map(str::to_owned)
+        };
+        for part in parts("members") {
+            if part.get("name").and_then(Value::as_str) == Some(name) {
+                return part.get("type").and_then(Value::as_str);
+            }
+        }
+        let alternate = entity.get("meta-type") == Some(&json!("alternate"));
+        let branches =
+            parts("variants").iter().chain(if alternate { parts("members") } else { &[] });
+        for branch in branches {
+            let Some(branch_type) = type_of(branch) else { continue };
+            let (known, _) = self.entities.get_key_value(&branch_type)?;
+            if let Some(found) = self.member(known, name, depth) {
+                return Some(found);
+            }
+        }
+        None
+    }
+
+    /// A type, or the type of its elements where it is a list.
+    fn element(&self, name: &str) -> Option<&Value> {
+        let mut entity = self.entities.get(name)?;
+        for _ in 0..TYPE_DEPTH_MAX {
+            match entity.get("element-type").and_then(Value::as_str) {
+                Some(element) => entity = self.entities.get(element)?,
+                None => return Some(entity),
+            }
+        }
+        None
+    }
+}
