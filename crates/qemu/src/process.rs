@@ -260,7 +260,10 @@ impl Process {
     }
 
     fn watch(identity: ProcessIdentity, log: PathBuf, pidfd: OwnedFd) -> io::Result<Self> {
-        let readable = AsyncFd::register_with_interest(pidfd.try_clone()?, Interest::READABLE)?;
+        // The replacement is unsafe for types that could close or swap their descriptor while it
+        // is watched; an `OwnedFd` in a task of its own can not.
+        #[allow(deprecated)]
+        let readable = AsyncFd::with_interest(pidfd.try_clone()?, Interest::READABLE)?;
         let (told, exit) = watch::channel(None);
         tokio::spawn(async move {
             // An error would mean that the pidfd can not be polled, which its opening excludes.
