@@ -1,1 +1,15 @@
-//! (to come)
+//! The rules of a migration, and nothing else: no I/O, no clock, no async, no logging.
+//!
+//! - [`names`]: what things are called.
+//! - [`phase`]: where a migration is and how it can end.
+//! - [`downtime`]: how long the guest stood still, by named parts.
+//! - [`handoff`]: who may run the guest. The two agents of a migration run this code, and the
+//!   checker explores the same code exhaustively.
+//!
+//! Everything here is a function of its inputs, so that a test needs neither socket nor clock.
+//! The crate knows no sibling; the API, the controller and the agents use it.
+
+pub mod downtime;
+pub mod handoff;
+pub mod names;
+pub mod phase;

@@ -1,0 +1,345 @@
+//! The destination's half of a handoff: runs the guest only after GO and after writing down that
+//! it owns it, and once it has refused an epoch never runs in it.
+//!
+//! The states' diagram and the driver's duties stand in the parent module.
+
+use super::record::{Claim, Intent, NotAdmitted, Ownership, Standing, admit_destination};
+use super::{Action, Body, Message, Observed, stayed};
+use crate::names::Name;
+use crate::phase::Outcome;
+
+/// What happens to a destination. See the parent module's table for who gives which.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum DestinationInput {
+    /// The last `Persist` is on the disk.
+    Persisted,
+    /// The last `Persist` failed. The record may be on the disk all the same.
+    PersistFailed,
+    /// QEMU holds the whole state, stopped.
+    Loaded,
+    /// The source says something.
+    Receive(Message),
+    /// Time to try again what failed.
+    Tick,
+    /// The lease ran out, the controller gave up, or preparing failed; the sentence says why.
+    /// Ignored once GO has been taken.
+    Abandon(String),
+    /// Nothing listens for this VM any more.
+    ListenersClosed,
+    /// A listener could not be closed.
+    CloseFailed,
+    /// The guest runs.
+    Continued,
+    /// QEMU answered `cont` with an error, and the guest certainly does not run.
+    ContinueFailed,
+    /// The destination's QEMU has ended, or there is none.
+    QemuGone,
+}
+
+/// The destination's machine. Clone and compare it freely: it is a value.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Destination {
+    claim: Claim,
+    from: Name,
+    /// Unknown until GO says it.
+    intent: Intent,
+    /// The destination's QEMU has ended.
+    gone: bool,
+    /// `Owned` may be on our disk: a refusal must then be durable to be true.
+    maybe_owned: bool,
+    state: State,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum State {
+    /// `Expected` is being written; there is no QEMU yet.
+    Recording,
+    /// QEMU waits for the state, or is receiving it.
+    Preparing,
+    /// QEMU holds the whole state, stopped.
+    Ready,
+    /// GO is here; listeners are being closed.
+    Sealing,
+    /// `Owned` is being written.
+    Taking,
+    /// `Owned` is durable; the guest is being started.
+    Starting,
+    /// Finished: the VM is ours.
+    Owner,
+    /// QEMU is being killed and `Refused` written; either makes the refusal true.
+    Refusing {
+        /// `Refused` is durable.
+        durable: bool,
+        /// The refusal has been reported.
+        told: bool,
+        why: String,
+    },
+    /// Something that the rules exclude has been seen; hands off, the operator is told.
+    Foul,
+}
+
+const LEDGER_FAILED: &str = "the destination's ledger could not be written";
+const QEMU_DIED: &str = "the destination's QEMU ended before the guest ran there";
+const CONTINUE_FAILED: &str = "the destination's QEMU could not start the guest";
+const ABANDONED: &str = "the source gave up";
+
+impl Destination {
+    /// Gets ready to be given a VM by `from`. `current` is this host's current record of the VM,
+    /// `spent` whether its ledger has any record of the offer's migration.
+    ///
+    /// # Errors
+    /// Refuses if this host has an open story with the VM already. Nothing was begun then.
+    pub fn offer(
+        current: Option<&Ownership>,
+        spent: bool,
+        claim: Claim,
+        from: Name,
+    ) -> Result<(Self, Vec<Action>), NotAdmitted> {
+        admit_destination(current, spent, claim)?;
+        let destination = Self::new(claim, from, State::Recording);
+        let actions = vec![destination.persist_expected()];
+        Ok((destination, actions))
+    }
+
+    fn new(claim: Claim, from: Name, state: State) -> Self {
+        Self { claim, from, intent: Intent::Pause, gone: false, maybe_owned: false, state }
+    }
+
+    /// Rebuilds the destination of an open migration after a restart of its agent.
+    pub(super) fn recover(record: &Ownership, observed: Observed) -> Option<(Self, Vec<Action>)> {
+        let Standing::Expected { from } = &record.standing else { return None };
+        let mut machine = Self::new(record.claim()?, from.clone(), State::Preparing);
+        let actions = match observed {
+            // One try, one QEMU: it is never started a second time.
+            Observed::Gone => {
+                machine.gone = true;
+                machine.refuse(QEMU_DIED)
+            }
+            Observed::Incoming => Vec::new(),
+            Observed::Stopped => {
+                machine.state = State::Ready;
+                Vec::new()
+            }
+            // `Owned` is durable before `cont`, so this was not us.
+            Observed::Running => {
+                machine.state = State::Foul;
+                vec![Action::RaiseUnresolved]
+            }
+        };
+        Some((machine, actions))
+    }
+
+    /// What the migration's messages are about.
+    #[must_use]
+    pub const fn claim(&self) -> Claim {
+        self.claim
+    }
+
+    /// The source.
+    #[must_use]
+    pub const fn peer(&self) -> &Name {
+        &self.from
+    }
+
+    /// Whether nothing more is to be done; messages go to [`super::answer`] from now on.
+    #[must_use]
+    pub const fn is_finished(&self) -> bool {
+        match self.state {
+            State::Owner => true,
+            State::Refusing { durable, .. } => durable && self.gone,
+            _ => false,
+        }
+    }
+
+    /// Takes one input and says what to do about it. An input that means nothing in the present
+    /// state (repeated, late, of another migration) changes nothing.
+    pub fn step(&mut self, input: DestinationInput) -> Vec<Action> {
+        match input {
+            DestinationInput::Persisted => self.persisted(),
+            DestinationInput::PersistFailed => self.persist_failed(),
+            DestinationInput::Loaded if self.state == State::Preparing => {
+                self.state = State::Ready;
+                vec![self.send(Body::Loaded)]
+            }
+            DestinationInput::Receive(message) if message.claim == self.claim => {
+                self.receive(message.body)
+            }
+            DestinationInput::Tick => self.tick(),
+            DestinationInput::Abandon(why) => self.abandon(&why),
+            DestinationInput::ListenersClosed if self.state == State::Sealing => {
+                self.state = State::Taking;
+                vec![self.persist(Standing::Owned)]
+            }
+            DestinationInput::CloseFailed if self.state == State::Sealing => {
+                // The source sends GO again, and we try again.
+                self.state = State::Ready;
+                Vec::new()
+            }
+            DestinationInput::Continued if self.state == State::Starting => self.own(true),
+            DestinationInput::ContinueFailed if self.state == State::Starting => {
+                self.refuse(CONTINUE_FAILED)
+            }
+            DestinationInput::QemuGone => self.qemu_gone(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn persisted(&mut self) -> Vec<Action> {
+        match &mut self.state {
+            State::Recording => {
+                self.state = State::Preparing;
+                vec![Action::StartTarget]
+            }
+            State::Taking => {
+                self.maybe_owned = true;
+                self.start()
+            }
+            State::Refusing { durable, .. } => {
+                *durable = true;
+                self.tell_refusal()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn persist_failed(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Recording => {
+                // Nothing has been started.
+                self.gone = true;
+                self.refuse(LEDGER_FAILED)
+            }
+            State::Taking => {
+                // It may be on the disk. The guest does not run without its record; the source
+                // sends GO again, and we write again.
+                self.maybe_owned = true;
+                if self.gone {
+                    return self.refuse(QEMU_DIED);
+                }
+                self.state = State::Ready;
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn receive(&mut self, body: Body) -> Vec<Action> {
+        match (&self.state, body) {
+            (State::Ready, Body::AskLoaded) => vec![self.send(Body::Loaded)],
+            (State::Ready, Body::Go { intent }) => {
+                self.intent = intent;
+                self.state = State::Sealing;
+                vec![Action::CloseListeners]
+            }
+            (State::Owner, Body::Go { .. }) => vec![self.send(Body::Owned)],
+            (_, Body::Abandon) if self.may_abandon() => self.refuse(ABANDONED),
+            (
+                State::Refusing { told: true, .. },
+                Body::AskLoaded | Body::Go { .. } | Body::Abandon,
+            ) => {
+                vec![self.send(Body::Refused)]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn tick(&mut self) -> Vec<Action> {
+        let State::Refusing { durable, .. } = self.state else { return Vec::new() };
+        let mut actions = Vec::new();
+        if !self.gone {
+            actions.push(Action::KillTarget);
+        }
+        if !durable {
+            actions.push(self.persist_refused());
+        }
+        actions
+    }
+
+    fn abandon(&mut self, why: &str) -> Vec<Action> {
+        if self.may_abandon() { self.refuse(why) } else { Vec::new() }
+    }
+
+    fn qemu_gone(&mut self) -> Vec<Action> {
+        if self.gone {
+            return Vec::new();
+        }
+        self.gone = true;
+        match self.state {
+            State::Preparing | State::Ready | State::Sealing => self.refuse(QEMU_DIED),
+            State::Refusing { .. } => self.tell_refusal(),
+            // It may have run for an instant, so the VM is ours, and has crashed here.
+            State::Starting => self.own(false),
+            _ => Vec::new(),
+        }
+    }
+
+    const fn may_abandon(&self) -> bool {
+        matches!(self.state, State::Recording | State::Preparing | State::Ready)
+    }
+
+    /// `Owned` is durable: start the guest, if it shall run and can.
+    fn start(&mut self) -> Vec<Action> {
+        if self.gone {
+            // It ended before `cont`, so it never ran.
+            return self.refuse(QEMU_DIED);
+        }
+        match self.intent {
+            Intent::Run => {
+                self.state = State::Starting;
+                vec![Action::ContinueGuest]
+            }
+            Intent::Pause => self.own(false),
+        }
+    }
+
+    fn own(&mut self, runs: bool) -> Vec<Action> {
+        self.state = State::Owner;
+        let mut actions = Vec::new();
+        if runs {
+            actions.push(Action::Announce);
+        }
+        actions.extend([self.send(Body::Owned), Action::Settle(Outcome::Moved)]);
+        actions
+    }
+
+    /// Ends the story here: the guest does not run on this host in this epoch.
+    fn refuse(&mut self, why: &str) -> Vec<Action> {
+        self.state = State::Refusing { durable: false, told: false, why: why.to_owned() };
+        let mut actions = Vec::new();
+        if !self.gone {
+            actions.push(Action::KillTarget);
+        }
+        actions.push(self.persist_refused());
+        actions.extend(self.tell_refusal());
+        actions
+    }
+
+    /// Tells the source, once the refusal is true for ever: it is durable, or the only QEMU that
+    /// could have run the guest is dead and no record says `Owned`.
+    fn tell_refusal(&mut self) -> Vec<Action> {
+        let killed = self.gone && !self.maybe_owned;
+        let State::Refusing { durable, told, why } = &mut self.state else { return Vec::new() };
+        if *told || !(*durable || killed) {
+            return Vec::new();
+        }
+        *told = true;
+        let report = stayed(why);
+        vec![self.send(Body::Refused), report]
+    }
+
+    const fn send(&self, body: Body) -> Action {
+        Action::Send(Message { claim: self.claim, body })
+    }
+
+    const fn persist(&self, standing: Standing) -> Action {
+        Action::Persist(Ownership::of(self.claim, self.intent, standing))
+    }
+
+    fn persist_expected(&self) -> Action {
+        self.persist(Standing::Expected { from: self.from.clone() })
+    }
+
+    fn persist_refused(&self) -> Action {
+        self.persist(Standing::Refused { from: self.from.clone() })
+    }
+}

@@ -1,0 +1,287 @@
+//! Who may run the guest: the passing of a VM from the agent of one host to the agent of another.
+//!
+//! Two state machines, [`Source`] and [`Destination`], take inputs and return actions. They do no
+//! I/O and know no clock; each agent has a *driver* that feeds the one and carries out the other.
+//! The checker in this crate's tests drives the same code through every order of events within
+//! its bounds. Only pre-copy is here; with post-copy, GO will be sent from `Copying`.
+//!
+//! # The promise
+//! The guest runs on at most one host at any instant, whatever crashes and whichever message is
+//! lost, repeated or late; and only a host whose own ledger says so may run it. No message's
+//! *absence* ever means anything: where the answer is lost the guest stands still and the question
+//! is asked again.
+//!
+//! # A normal run, message by message
+//! The VM belongs to A in epoch 4 and goes to B; the [`Claim`] of all messages is {vm, M, 5}.
+//! ```text
+//!   A: Source                                    B: Destination
+//!   ---------------------------------------------------------------------------------
+//!                                                offer()
+//!                                                  Persist Expected{5, from A}
+//!                                                Persisted -> StartTarget (-S -incoming defer)
+//!   begin()
+//!     Persist Leaving{5, to B}
+//!   Persisted -> BeginCopy
+//!        ......... QEMU copies memory, the guest runs; then it stops at A .........
+//!   Completed -> Send AskLoaded   ------------>  (answered once loaded)
+//!                                                Loaded
+//!   Receive Loaded                <------------    Send Loaded
+//!     Persist Released{5, to B}
+//!   Persisted                                    ~~~ the point of no return is A's fsync ~~~
+//!     Send Go{intent}             ------------>  Receive Go
+//!                                                  CloseListeners
+//!                                                ListenersClosed
+//!                                                  Persist Owned{5}
+//!                                                Persisted
+//!                                                  ContinueGuest       (guest runs on B)
+//!                                                Continued
+//!   Receive Owned                 <------------    Announce, Send Owned, Settle(Moved)
+//!     QuitSource, Persist Gone{5, to B}, Settle(Moved)
+//!   Persisted: finished
+//! ```
+//!
+//! # In doubt
+//! Once `Released` may be on its disk, A does not run the guest again unless B has refused: it
+//! sends GO again at every `Tick`. B answers `Owned`, or `Refused`, which is true for ever because
+//! it is durable or because B's loaded QEMU was killed before it ever ran. Then A takes epoch 6
+//! and resumes. If B stays silent the VM stands still and the driver's `Overdue` raises it to the
+//! operator. A migration that ends before the release also burns its epoch (A goes from 4 to 6),
+//! so an epoch never belongs to two migrations.
+//!
+//! # States of the source
+//! ```text
+//!             Persisted        Completed           Loaded             Persisted
+//!  Recording ----------> Copying -------> Confirming -----> Releasing ----------> InDoubt
+//!      |                   |                  |                 |                 |    |
+//!      | PersistFailed     | Cancel, Fail,    | Cancel, Fail,   | PersistFailed   |    | Owned
+//!      |                   | Refused, died    | Refused         v        Refused  |    v
+//!      |                   |                  |             Retracting            |  Retiring
+//!      v                   v                  v                 |                 v    |
+//!   Staying <---------- (abort: resume at once) <---------------+ <------ Reclaiming   |
+//!      | Persisted Owned{6}                Refused, or Owned{6}   either answer of     |
+//!      v                                   is durable             Persist Owned{6}     v
+//!   Stayed (finished)                                                     Moved (finished)
+//! ```
+//!
+//! # States of the destination
+//! ```text
+//!             Persisted         Loaded          Go           ListenersClosed
+//!  Recording ----------> Preparing ----> Ready -----> Sealing ----------> Taking
+//!      |                   |             |  ^  <-------/ CloseFailed       |   |
+//!      |                   |             |  '------------------------------'   | Persisted
+//!      | PersistFailed     | QemuGone,   | QemuGone,       PersistFailed       v
+//!      v                   v Abandon     v Abandon         ContinueFailed   Starting
+//!   Refusing <--------------------------------------------------------------- |
+//!      | durable, or killed before any Owned was written                      | Continued, QemuGone
+//!      v                                                                      v
+//!   Refusing (has answered) -> Refused (finished)                        Owner (finished)
+//! ```
+//!
+//! # What a driver does
+//! One loop per migration and host, which alone calls `step`:
+//!
+//! 1. Take the next input; call `step`; carry out the returned actions **one after the other, in
+//!    order**. An action with an answer (table below) is awaited, and its answer is stepped, with
+//!    all that follows from it, *before* the next input of another kind is taken.
+//! 2. The machine is finished when `is_finished()`; messages that come later go to [`answer`].
+//! 3. `Tick` comes every [`RESEND_INTERVAL_MS`], `Overdue` once, [`UNRESOLVED_AFTER_MS`] after the
+//!    release (by the monotonic clock; nothing depends on when exactly).
+//! 4. Received messages are checked first: the peer's certificate must be that of `peer()` (or of
+//!    the controller relaying for it), and the message's `migration` selects the machine. A
+//!    message whose migration has no live machine goes to [`answer`].
+//!
+//! | action | the driver does | answers with |
+//! |---|---|---|
+//! | `Persist(record)` | writes the record under the key (vm, migration), replacing that key's older one, and fsyncs | `Persisted` or `PersistFailed` |
+//! | `Send(message)` | sends it to the peer by any path; does not wait, does not care | – |
+//! | `BeginCopy` (A) | starts QEMU's migration; reports `Completed` when QEMU says `completed` **and** `query-status` says `postmigrate` and all mirror jobs are concluded without error; any failure or deadline is `Fail` | – |
+//! | `StopCopy` (A) | cancels QEMU's migration if one is active and waits for its end; no-op otherwise | – |
+//! | `ResumeGuest` (A) | `cont` unless the guest runs already; tries again until it works or QEMU is gone | – |
+//! | `QuitSource` (A) | ends the source's QEMU, quit then kill; disks stay | – |
+//! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`; reports `Loaded` when the incoming migration is `completed` and the guest stopped; any failure is `Abandon` | – |
+//! | `CloseListeners` (B) | stops the NBD server, checks that nothing listens for this VM any more | `ListenersClosed` or `CloseFailed` |
+//! | `ContinueGuest` (B) | `cont` | `Continued`; `ContinueFailed` **only** if QEMU answered with an error and says that it is not running; no answer at all: `QemuGone` when it is gone |
+//! | `KillTarget` (B) | SIGKILL to B's QEMU | `QemuGone`, whenever it is gone (also when there is none) |
+//! | `Announce` (B) | tells the network where the guest is now | – |
+//! | `AcceptCancel`, `RefuseCancel` | answers whoever gave `Cancel` | – |
+//! | `RaiseUnresolved` | reports `Outcome::Unresolved` with the peer to ask, and raises it to the operator; a `Settle` may follow | – |
+//! | `Settle(outcome)` | reports the outcome of the migration | – |
+//!
+//! `QemuGone` is given whenever the host's own QEMU of this VM has ended, asked for or not.
+//! Nobody else may start, continue or kill the VM's QEMU while a machine lives.
+//!
+//! # The ledger
+//! Records have the key (vm, migration); a VM that was created here has one without migration. A
+//! host's word on a VM is the record with the **highest epoch** ([`current`]), and only a host whose
+//! word [`Ownership::may_run`] says yes may run the guest. A record replaced is gone; records of
+//! old migrations stay, so that a late question is still answered. Opening the ledger makes what
+//! was read durable (one committed write) before anything acts on it.
+//!
+//! # After a restart
+//! For every VM: [`recover`] with its current record and what its QEMU is seen to do. It rebuilds
+//! the machine where one is needed and says what to do first.
+
+mod destination;
+mod record;
+mod source;
+#[cfg(test)]
+mod tests;
+
+pub use destination::{Destination, DestinationInput};
+pub use record::{Claim, Intent, NotAdmitted, Ownership, Standing, current};
+pub use source::{Source, SourceInput};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::phase::Outcome;
+
+/// How often a driver gives `Tick`, in milliseconds: unanswered questions are asked again.
+pub const RESEND_INTERVAL_MS: u64 = 200;
+
+/// How long after the release the operator is told that the outcome is unknown, in milliseconds.
+pub const UNRESOLVED_AFTER_MS: u64 = 5_000;
+
+/// What one agent tells the other. Every message names the claim it is about.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Message {
+    /// The VM, the migration and the epoch in question.
+    pub claim: Claim,
+    /// What is said about it.
+    pub body: Body,
+}
+
+/// The kinds of [`Message`].
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Body {
+    /// Source: my QEMU has sent everything; do you hold the whole state, stopped?
+    AskLoaded,
+    /// Destination: I hold the whole state, stopped.
+    Loaded,
+    /// Source: the VM is yours in this epoch. Repeated until answered.
+    Go {
+        /// Whether the guest shall run.
+        intent: Intent,
+    },
+    /// Destination: this epoch is mine, for ever.
+    Owned,
+    /// Destination: this epoch is never going to be mine.
+    Refused,
+    /// Source: there will be no GO; take down what you have prepared.
+    Abandon,
+    /// Destination: my ledger has never heard of this migration. Proves nothing: a ledger can be
+    /// lost.
+    Unknown,
+}
+
+/// What a machine wants done. The module's table says what each one means to a driver.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the table in the module's header explains each")]
+pub enum Action {
+    Persist(Ownership),
+    Send(Message),
+    BeginCopy,
+    StopCopy,
+    ResumeGuest,
+    QuitSource,
+    StartTarget,
+    CloseListeners,
+    ContinueGuest,
+    KillTarget,
+    Announce,
+    AcceptCancel,
+    RefuseCancel,
+    RaiseUnresolved,
+    Settle(Outcome),
+}
+
+/// What a restarted agent sees of a VM's QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Observed {
+    /// There is no process.
+    Gone,
+    /// It waits for, or is receiving, an incoming migration (run state `inmigrate`).
+    Incoming,
+    /// It holds a whole guest that does not run.
+    Stopped,
+    /// The guest runs.
+    Running,
+}
+
+/// What a restarted agent has to do with a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Recovered {
+    /// A migration from here is to be brought to its end.
+    Source(Source),
+    /// A migration to here is to be brought to its end.
+    Destination(Destination),
+    /// The VM is this host's and no migration is open. (If its QEMU is gone, the guest has crashed
+    /// or the host was restarted: it may be started again, here and only here.)
+    Owner,
+    /// The VM is not this host's.
+    Bystander,
+}
+
+/// Rebuilds what a restarted agent needs for one VM from the VM's current record ([`current`]) and
+/// what its QEMU is seen to do. The actions come first, as after a `step`; for `Owner` and
+/// `Bystander` nobody wants their answers.
+///
+/// Postcondition: the guest is made to run only if the record says that this host may.
+#[must_use]
+pub fn recover(record: &Ownership, observed: Observed) -> (Recovered, Vec<Action>) {
+    match &record.standing {
+        Standing::Leaving { .. } | Standing::Released { .. } => {
+            match Source::recover(record, observed) {
+                Some((source, actions)) => (Recovered::Source(source), actions),
+                None => (Recovered::Bystander, Vec::new()),
+            }
+        }
+        Standing::Expected { .. } => match Destination::recover(record, observed) {
+            Some((destination, actions)) => (Recovered::Destination(destination), actions),
+            None => (Recovered::Bystander, Vec::new()),
+        },
+        Standing::Owned => {
+            let stopped = observed == Observed::Stopped && record.intent == Intent::Run;
+            let actions =
+                if stopped { vec![Action::ContinueGuest, Action::Announce] } else { Vec::new() };
+            (Recovered::Owner, actions)
+        }
+        Standing::Gone { .. } => (Recovered::Bystander, unless_gone(observed, Action::QuitSource)),
+        Standing::Refused { .. } => {
+            (Recovered::Bystander, unless_gone(observed, Action::KillTarget))
+        }
+    }
+}
+
+fn unless_gone(observed: Observed, action: Action) -> Vec<Action> {
+    if observed == Observed::Gone { Vec::new() } else { vec![action] }
+}
+
+/// The answer to a message about a migration that has no live machine on this host, from the
+/// ledger's record of *that* migration (not the VM's current one).
+#[must_use]
+pub fn answer(record: Option<&Ownership>, message: &Message) -> Option<Message> {
+    let reply = |body| Some(Message { claim: message.claim, body });
+    let asked = matches!(message.body, Body::AskLoaded | Body::Go { .. });
+    let Some(record) = record else {
+        return if asked { reply(Body::Unknown) } else { None };
+    };
+    if record.claim() != Some(message.claim) {
+        return None;
+    }
+    match (&record.standing, message.body) {
+        (Standing::Owned, Body::Go { .. }) => reply(Body::Owned),
+        (Standing::Refused { .. }, Body::AskLoaded | Body::Go { .. } | Body::Abandon) => {
+            reply(Body::Refused)
+        }
+        _ => None,
+    }
+}
+
+fn stayed(why: &str) -> Action {
+    Action::Settle(Outcome::Stayed { why: why.to_owned() })
+}

@@ -1,0 +1,347 @@
+//! The source's half of a handoff: gives the VM away at most once, and runs the guest again only
+//! while it still owns it or after the destination has refused.
+//!
+//! The states' diagram and the driver's duties stand in the parent module.
+
+use super::record::{Claim, Intent, NotAdmitted, Ownership, Standing, admit_source};
+use super::{Action, Body, Message, Observed, stayed};
+use crate::names::{MigrationId, Name};
+use crate::phase::Outcome;
+
+/// What happens to a source. See the parent module's table for who gives which.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum SourceInput {
+    /// The last `Persist` is on the disk.
+    Persisted,
+    /// The last `Persist` failed. The record may be on the disk all the same.
+    PersistFailed,
+    /// QEMU has sent everything and stands still.
+    Completed,
+    /// The destination says something.
+    Receive(Message),
+    /// Time to ask again.
+    Tick,
+    /// Somebody wants the migration to end here. Answered by `AcceptCancel` or `RefuseCancel`.
+    Cancel,
+    /// The copy failed or took too long; the sentence says why. Ignored from the release on.
+    Fail(String),
+    /// The source's QEMU has ended.
+    QemuGone,
+    /// The destination has not answered for [`super::UNRESOLVED_AFTER_MS`].
+    Overdue,
+}
+
+/// The source's machine. Clone and compare it freely: it is a value.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    claim: Claim,
+    to: Name,
+    intent: Intent,
+    /// Whether the source's QEMU still holds the guest.
+    alive: bool,
+    state: State,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum State {
+    /// `Leaving` is being written; the guest runs.
+    Recording,
+    /// `Leaving` is durable, the guest runs and is being copied.
+    Copying {
+        /// The destination has said `Loaded` before our own QEMU said `completed`.
+        loaded: bool,
+    },
+    /// The guest stands still; the destination is asked whether it has everything.
+    Confirming,
+    /// `Released` is being written. No way back by ourselves from here on.
+    Releasing,
+    /// `Released` is durable; GO is sent until it is answered.
+    InDoubt {
+        /// The operator has been told.
+        raised: bool,
+    },
+    /// Writing `Released` failed, so it may be durable or not; GO was never sent.
+    Retracting,
+    /// The destination has refused; the next epoch is being written, then the guest resumes.
+    Reclaiming,
+    /// The guest has been resumed; its record is being written.
+    Staying,
+    /// The destination owns the VM; our record is being written.
+    Retiring,
+    /// Finished: the VM stayed here.
+    Stayed,
+    /// Finished: the VM is the destination's.
+    Moved,
+}
+
+const LEDGER_FAILED: &str = "the source's ledger could not be written";
+const AGENT_RESTARTED: &str = "the source's agent was restarted during the copy";
+const SOURCE_DIED: &str = "the source's QEMU ended during the copy";
+const REFUSED: &str = "the destination refused the VM";
+const NEVER_PREPARED: &str = "the destination does not know this migration";
+const CANCELLED: &str = "cancelled";
+
+impl Source {
+    /// Begins to move a VM away from this host. `current` is this host's current record.
+    ///
+    /// # Errors
+    /// Refuses if the VM is not this host's, or not free. Nothing was begun then.
+    pub fn begin(
+        current: &Ownership,
+        migration: MigrationId,
+        to: Name,
+    ) -> Result<(Self, Vec<Action>), NotAdmitted> {
+        let claim = admit_source(current, migration)?;
+        let leaving = Standing::Leaving { to: to.clone() };
+        let actions = vec![Action::Persist(Ownership::of(claim, current.intent, leaving))];
+        let state = State::Recording;
+        Ok((Self { claim, to, intent: current.intent, alive: true, state }, actions))
+    }
+
+    /// Rebuilds the source of an open migration after a restart of its agent: one that had not
+    /// released the VM is abandoned and the guest resumed, one that had asks for the outcome.
+    pub(super) fn recover(record: &Ownership, observed: Observed) -> Option<(Self, Vec<Action>)> {
+        let claim = record.claim()?;
+        let alive = observed != Observed::Gone;
+        let source =
+            |to: &Name, state| Self { claim, to: to.clone(), intent: record.intent, alive, state };
+        match &record.standing {
+            Standing::Leaving { to } => {
+                let mut source = source(to, State::Copying { loaded: false });
+                let actions = source.abort(AGENT_RESTARTED);
+                Some((source, actions))
+            }
+            Standing::Released { to } => {
+                let source = source(to, State::InDoubt { raised: false });
+                let go = source.go();
+                Some((source, vec![go]))
+            }
+            _ => None,
+        }
+    }
+
+    /// What the migration's messages are about.
+    #[must_use]
+    pub const fn claim(&self) -> Claim {
+        self.claim
+    }
+
+    /// The destination.
+    #[must_use]
+    pub const fn peer(&self) -> &Name {
+        &self.to
+    }
+
+    /// Whether nothing more is to be done; messages go to [`super::answer`] from now on.
+    #[must_use]
+    pub const fn is_finished(&self) -> bool {
+        matches!(self.state, State::Stayed | State::Moved)
+    }
+
+    /// Whether the release may have been written: from here on a cancel is refused and the outcome
+    /// is the destination's to tell.
+    #[must_use]
+    pub const fn is_past_release(&self) -> bool {
+        matches!(
+            self.state,
+            State::Releasing
+                | State::InDoubt { .. }
+                | State::Reclaiming
+                | State::Retiring
+                | State::Moved
+        )
+    }
+
+    /// Takes one input and says what to do about it. An input that means nothing in the present
+    /// state (repeated, late, of another migration) changes nothing.
+    pub fn step(&mut self, input: SourceInput) -> Vec<Action> {
+        match input {
+            SourceInput::Persisted => self.persisted(),
+            SourceInput::PersistFailed => self.persist_failed(),
+            SourceInput::Completed => self.completed(),
+            SourceInput::Receive(message) if message.claim == self.claim => {
+                self.receive(message.body)
+            }
+            SourceInput::Receive(_) => Vec::new(),
+            SourceInput::Tick => self.tick(),
+            SourceInput::Cancel => self.cancel(),
+            SourceInput::Fail(why) if self.may_abort() => self.abort(&why),
+            SourceInput::Fail(_) => Vec::new(),
+            SourceInput::QemuGone => self.qemu_gone(),
+            SourceInput::Overdue => self.overdue(),
+        }
+    }
+
+    fn persisted(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Recording => {
+                self.state = State::Copying { loaded: false };
+                vec![Action::BeginCopy]
+            }
+            State::Releasing => {
+                // The point of no return is behind us.
+                self.state = State::InDoubt { raised: false };
+                vec![self.go()]
+            }
+            State::Retracting => self.resume(State::Stayed, LEDGER_FAILED),
+            State::Reclaiming => self.resume(State::Stayed, REFUSED),
+            State::Staying => {
+                self.state = State::Stayed;
+                Vec::new()
+            }
+            State::Retiring => {
+                self.state = State::Moved;
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn persist_failed(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Recording => self.abort(LEDGER_FAILED),
+            State::Releasing => {
+                // A failed fsync may have written all the same: after a crash we would read
+                // `Released` and send GO. So the guest must not run before either a newer record
+                // is durable or the destination has refused.
+                self.state = State::Retracting;
+                self.retract()
+            }
+            // The destination's refusal is what matters; the record is tried again at every tick.
+            State::Reclaiming => self.resume(State::Staying, REFUSED),
+            _ => Vec::new(),
+        }
+    }
+
+    fn completed(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Copying { loaded: true } => self.release(),
+            State::Copying { loaded: false } => {
+                self.state = State::Confirming;
+                vec![self.send(Body::AskLoaded)]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn receive(&mut self, body: Body) -> Vec<Action> {
+        match (&self.state, body) {
+            (State::Copying { .. }, Body::Loaded) => {
+                self.state = State::Copying { loaded: true };
+                Vec::new()
+            }
+            (State::Confirming, Body::Loaded) => self.release(),
+            (State::Copying { .. } | State::Confirming, Body::Refused) => self.abort(REFUSED),
+            (State::Confirming, Body::Unknown) => self.abort(NEVER_PREPARED),
+            (State::Retracting, Body::Refused) => {
+                let mut actions = self.resume(State::Staying, LEDGER_FAILED);
+                actions.push(self.persist_owned());
+                actions
+            }
+            (State::InDoubt { .. }, Body::Refused) => {
+                self.state = State::Reclaiming;
+                vec![self.persist_owned()]
+            }
+            (State::InDoubt { .. }, Body::Owned) => {
+                self.state = State::Retiring;
+                vec![Action::QuitSource, self.persist_gone(), Action::Settle(Outcome::Moved)]
+            }
+            (State::InDoubt { .. }, Body::Unknown) => self.overdue(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn tick(&mut self) -> Vec<Action> {
+        match self.state {
+            State::Confirming => vec![self.send(Body::AskLoaded)],
+            State::InDoubt { .. } => vec![self.go()],
+            State::Retracting => self.retract(),
+            State::Staying => vec![self.persist_owned()],
+            State::Retiring => vec![self.persist_gone()],
+            _ => Vec::new(),
+        }
+    }
+
+    fn cancel(&mut self) -> Vec<Action> {
+        if self.is_past_release() {
+            return vec![Action::RefuseCancel];
+        }
+        let mut actions = vec![Action::AcceptCancel];
+        if self.may_abort() {
+            actions.extend(self.abort(CANCELLED));
+        }
+        actions
+    }
+
+    fn qemu_gone(&mut self) -> Vec<Action> {
+        self.alive = false;
+        match self.state {
+            // The destination cannot have everything.
+            State::Recording | State::Copying { .. } => self.abort(SOURCE_DIED),
+            // It may have everything: then the guest lives on there.
+            _ => Vec::new(),
+        }
+    }
+
+    fn overdue(&mut self) -> Vec<Action> {
+        if self.state != (State::InDoubt { raised: false }) {
+            return Vec::new();
+        }
+        self.state = State::InDoubt { raised: true };
+        vec![Action::RaiseUnresolved]
+    }
+
+    const fn may_abort(&self) -> bool {
+        matches!(self.state, State::Recording | State::Copying { .. } | State::Confirming)
+    }
+
+    /// Ends a migration that was not released: we own the VM, so the guest resumes at once and the
+    /// records follow.
+    fn abort(&mut self, why: &str) -> Vec<Action> {
+        let mut actions = vec![Action::StopCopy];
+        actions.extend(self.resume(State::Staying, why));
+        actions.push(self.send(Body::Abandon));
+        actions.push(self.persist_owned());
+        actions
+    }
+
+    /// The only place from which the guest runs on the source again.
+    fn resume(&mut self, state: State, why: &str) -> Vec<Action> {
+        self.state = state;
+        let mut actions = Vec::new();
+        if self.alive && self.intent == Intent::Run {
+            actions.push(Action::ResumeGuest);
+        }
+        actions.push(stayed(why));
+        actions
+    }
+
+    fn release(&mut self) -> Vec<Action> {
+        self.state = State::Releasing;
+        vec![self.persist(Standing::Released { to: self.to.clone() })]
+    }
+
+    fn retract(&self) -> Vec<Action> {
+        vec![self.send(Body::Abandon), self.persist_owned()]
+    }
+
+    fn go(&self) -> Action {
+        self.send(Body::Go { intent: self.intent })
+    }
+
+    const fn send(&self, body: Body) -> Action {
+        Action::Send(Message { claim: self.claim, body })
+    }
+
+    fn persist(&self, standing: Standing) -> Action {
+        Action::Persist(Ownership::of(self.claim, self.intent, standing))
+    }
+
+    fn persist_gone(&self) -> Action {
+        self.persist(Standing::Gone { to: self.to.clone() })
+    }
+
+    const fn persist_owned(&self) -> Action {
+        Action::Persist(Ownership::after_staying(self.claim, self.intent))
+    }
+}
