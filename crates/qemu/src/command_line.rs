@@ -64,8 +64,6 @@ pub struct VmSpec {
     pub qmp_socket: PathBuf,
     /// Wait for a migration (`-incoming defer`) instead of being a fresh guest.
     pub incoming: bool,
-    /// Folder of firmware and option ROMs (`-L`); `None` is the one QEMU was built with.
-    pub data_dir: Option<PathBuf>,
 }
 
 /// The processor that a guest sees.

@@ -4,50 +4,11 @@
 //! takes well below a second. Nothing is concluded from the version number.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::schema::Features;
-
-/// Where a QEMU is installed.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Installation {
-    /// The program, `…/qemu-system-x86_64`.
-    pub binary: PathBuf,
-    /// Folder of firmware and option ROMs (`-L`), where it is not the one QEMU was built with.
-    #[serde(default)]
-    pub data_dir: Option<PathBuf>,
-    /// Folders of shared libraries (`LD_LIBRARY_PATH`), for a QEMU unpacked into a folder.
-    #[serde(default)]
-    pub library_dirs: Vec<PathBuf>,
-}
-
-impl Installation {
-    /// A QEMU installed in the usual way.
-    #[must_use]
-    pub fn at(binary: impl Into<PathBuf>) -> Self {
-        Self { binary: binary.into(), data_dir: None, library_dirs: Vec::new() }
-    }
-
-    /// What its environment needs, for [`Launch::environment`](crate::process::Launch).
-    #[must_use]
-    pub fn environment(&self) -> Vec<(OsString, OsString)> {
-        if self.library_dirs.is_empty() {
-            return Vec::new();
-        }
-        let mut joined = OsString::new();
-        for dir in &self.library_dirs {
-            if !joined.is_empty() {
-                joined.push(":");
-            }
-            joined.push(dir);
-        }
-        vec![("LD_LIBRARY_PATH".into(), joined)]
-    }
-}
 
 /// How vCPUs are run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -74,7 +35,7 @@ impl Accelerator {
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineFacts {
     /// The program that was asked.
-    pub installation: Installation,
+    pub binary: PathBuf,
     /// Its version as (major, minor, micro).
     pub version: (u32, u32, u32),
     /// The packager's word on the version.
@@ -144,11 +105,8 @@ impl EngineFacts {
     /// # Errors
     ///
     /// [`ProbeError`]; no process is left.
-    pub async fn probe(
-        installation: &Installation,
-        forced: Option<Accelerator>,
-    ) -> Result<Self, ProbeError> {
-        let _ = (installation, forced);
+    pub async fn probe(binary: &Path, forced: Option<Accelerator>) -> Result<Self, ProbeError> {
+        let _ = (binary, forced);
         unimplemented!()
     }
 

@@ -34,6 +34,9 @@ const LOG_TAIL_BYTES_MAX: u64 = 16 * 1024;
 /// How many last lines of a log are kept.
 const LOG_TAIL_LINES_MAX: usize = 20;
 
+/// Where a script around QEMU finds its tools.
+const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// Where the kernel tells which boot this is.
 const BOOT_ID_FILE: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -43,12 +46,10 @@ const STAT_START_TIME_FIELD: usize = 19;
 /// What to start.
 #[derive(Debug)]
 pub struct Launch {
-    /// The program.
+    /// The program, or a script that ends in `exec` of it. Its environment is `PATH` alone.
     pub binary: PathBuf,
     /// Its arguments, from [`crate::command_line::arguments`].
     pub arguments: Vec<OsString>,
-    /// Variables added to the environment (the library path of an unpacked QEMU).
-    pub environment: Vec<(OsString, OsString)>,
     /// The unprivileged user to run as; `None` keeps ours.
     pub user: Option<UnprivilegedUser>,
     /// Descriptors that QEMU gets, each under the number that the arguments name.
@@ -199,7 +200,8 @@ impl Process {
         let errors = output.try_clone().map_err(log_error)?;
 
         let mut command = Command::new(&launch.binary);
-        command.args(&launch.arguments).envs(launch.environment).process_group(0);
+        command.args(&launch.arguments).process_group(0);
+        command.env_clear().env("PATH", SEARCH_PATH);
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         if let Some(user) = launch.user {
             // With a uid, the standard library drops the supplementary groups as well.
