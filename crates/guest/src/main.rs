@@ -1,3 +1,5 @@
-//! The witness: the program that is init in the test guest.
+//! The executable of the witness: init of the test guest. All it does is in the library.
 
-fn main() {}
+fn main() {
+    whimbrel_guest::run();
+}
