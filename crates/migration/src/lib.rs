@@ -5,6 +5,7 @@
 //! - [`downtime`]: how long the guest stood still, by named parts.
 //! - [`handoff`]: who may run the guest. The two agents of a migration run this code, and the
 //!   checker explores the same code exhaustively.
+//! - [`preflight`]: whether a VM can move to a host, and what stands in the way.
 //!
 //! Everything here is a function of its inputs, so that a test needs neither socket nor clock.
 //! The crate knows no sibling; the API, the controller and the agents use it.
@@ -13,3 +14,4 @@ pub mod downtime;
 pub mod handoff;
 pub mod names;
 pub mod phase;
+pub mod preflight;

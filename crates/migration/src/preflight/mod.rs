@@ -1,0 +1,443 @@
+//! Can this VM move to that host? All that stands in the way, at once, before anything is touched.
+//!
+//! [`check`] is a function of facts: it asks no host and changes nothing. Each verdict has a code
+//! that never changes, a sentence that says what is the matter with names and numbers, and one that
+//! says what to do. The controller calls it at admission, and refuses if any verdict does. What can
+//! only be known by trying (does QEMU start there, does the incoming port open) is not here.
+
+mod facts;
+
+pub use facts::{
+    Accelerator, EngineFacts, EngineVersion, FileFacts, GuestState, HostFacts, NicFacts, NoVersion,
+    Question, Reach, UnmovableDevice, VmFacts,
+};
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::names::Name;
+
+/// Memory that a QEMU is reckoned to need beside its guest's, in bytes.
+pub const ENGINE_OVERHEAD_BYTES: u64 = 128 * 1024 * 1024;
+
+const MIB_BYTES: u64 = 1024 * 1024;
+
+/// One thing that preflight found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Verdict {
+    /// What kind of thing, for machines.
+    pub code: Code,
+    /// Whether it stops the migration.
+    pub severity: Severity,
+    /// What is the matter, a sentence for people.
+    pub problem: String,
+    /// What to do about it, a sentence for people.
+    pub advice: String,
+}
+
+/// Whether a verdict stops the migration.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// The migration goes ahead; the user is told.
+    Warn,
+    /// The migration does not begin.
+    Refuse,
+}
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $variant:ident = $text:literal,)*) => {
+        /// The kinds of [`Verdict`]. Codes are never renamed or reused.
+        #[derive(
+            Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+        )]
+        #[serde(rename_all = "kebab-case")]
+        pub enum Code {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Code {
+            /// All codes.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// The code's word, as in JSON.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $text,)*
+                }
+            }
+        }
+    };
+}
+
+codes! {
+    /// Source and destination are one host.
+    SameHost = "same-host",
+    /// The destination takes no VMs at present.
+    DestinationDisabled = "destination-disabled",
+    /// The VM has no running QEMU that could be moved.
+    VmNotRunning = "vm-not-running",
+    /// Another migration of the VM is under way.
+    AlreadyMigrating = "already-migrating",
+    /// The destination has no usable QEMU.
+    EngineMissing = "engine-missing",
+    /// No QEMU there can run the guest the way it runs now (KVM or TCG).
+    AcceleratorMissing = "accelerator-missing",
+    /// No suitable QEMU there knows the VM's machine type.
+    MachineTypeMissing = "machine-type-missing",
+    /// No suitable QEMU there knows the VM's CPU model.
+    CpuModelMissing = "cpu-model-missing",
+    /// The guest sees processor features that the destination does not have.
+    CpuFeatures = "cpu-features",
+    /// The destination's QEMU is older than the one that runs the VM.
+    EngineOlder = "engine-older",
+    /// The destination has too little memory free.
+    Memory = "memory",
+    /// A network of the VM has no bridge on the destination.
+    NetworkMissing = "network-missing",
+    /// A disk or boot file cannot be opened on the destination.
+    DiskUnreachable = "disk-unreachable",
+    /// A device of the VM cannot be moved.
+    DeviceCannotMove = "device-cannot-move",
+    /// The destination's migration address cannot be resolved.
+    AddressUnresolvable = "address-unresolvable",
+    /// Nothing answers at the destination's migration address.
+    PortClosed = "port-closed",
+    /// What answers there is not the destination, or does not trust the source.
+    TlsFailed = "tls-failed",
+    /// Whether the source reaches the destination was not tried.
+    AddressNotProbed = "address-not-probed",
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+fn refuse(code: Code, problem: String, advice: impl Into<String>) -> Verdict {
+    Verdict { code, severity: Severity::Refuse, problem, advice: advice.into() }
+}
+
+fn warn(code: Code, problem: String, advice: impl Into<String>) -> Verdict {
+    Verdict { code, severity: Severity::Warn, problem, advice: advice.into() }
+}
+
+/// Whether any of the verdicts stops the migration.
+#[must_use]
+pub fn refuses(verdicts: &[Verdict]) -> bool {
+    verdicts.iter().any(|verdict| verdict.severity == Severity::Refuse)
+}
+
+/// Everything that stands in the way of the move, or is worth knowing; empty if nothing.
+///
+/// A VM that would stay on its own host is told only that and what concerns the VM itself: the rest
+/// would be noise.
+#[must_use]
+pub fn check(question: &Question) -> Vec<Verdict> {
+    let Question { vm, source, destination, shared_storages, reach } = question;
+    let mut verdicts = Vec::new();
+    verdicts.extend(vm_state(vm));
+    verdicts.extend(already_migrating(vm));
+    verdicts.extend(devices(vm));
+    if *source == destination.name {
+        verdicts.push(refuse(
+            Code::SameHost,
+            format!("VM {} is on host {source} already.", vm.name),
+            "Choose another destination.",
+        ));
+        return verdicts;
+    }
+    verdicts.extend(disabled(destination));
+    verdicts.extend(engine(vm, destination));
+    verdicts.extend(cpu_features(vm, destination));
+    verdicts.extend(memory(vm, destination));
+    verdicts.extend(networks(vm, destination));
+    verdicts.extend(files(vm, source, destination, shared_storages));
+    verdicts.extend(reachability(source, &destination.name, reach));
+    verdicts
+}
+
+/// The QEMU of the destination that would run the VM: the newest that has all it needs.
+#[must_use]
+pub fn choose_engine<'a>(vm: &VmFacts, destination: &'a HostFacts) -> Option<&'a EngineFacts> {
+    let needs = engine_needs(vm);
+    destination
+        .engines
+        .iter()
+        .filter(|engine| needs.iter().all(|need| (need.met_by)(vm, engine)))
+        .max_by_key(|engine| engine.version)
+}
+
+fn vm_state(vm: &VmFacts) -> Option<Verdict> {
+    match vm.state {
+        GuestState::Running | GuestState::Paused => None,
+        GuestState::Stopped | GuestState::Crashed => Some(refuse(
+            Code::VmNotRunning,
+            format!(
+                "VM {} is {}; only a running or paused VM can be moved live.",
+                vm.name, vm.state
+            ),
+            format!("Start it with `whimbrel vm start {}`, then migrate it.", vm.name),
+        )),
+    }
+}
+
+fn already_migrating(vm: &VmFacts) -> Option<Verdict> {
+    let migration = vm.migration?;
+    Some(refuse(
+        Code::AlreadyMigrating,
+        format!("VM {} is migrating already (migration {migration}).", vm.name),
+        format!(
+            "Wait for it (`whimbrel migration watch {migration}`) or cancel it (`whimbrel migration \
+             cancel {migration}`)."
+        ),
+    ))
+}
+
+fn devices(vm: &VmFacts) -> impl Iterator<Item = Verdict> {
+    vm.unmovable.iter().map(|UnmovableDevice { device, because }| {
+        refuse(
+            Code::DeviceCannotMove,
+            format!("Device {device} of VM {} cannot be moved because {because}.", vm.name),
+            format!("Remove {device} from the VM, or stop the VM and move it stopped."),
+        )
+    })
+}
+
+fn disabled(destination: &HostFacts) -> Option<Verdict> {
+    if destination.enabled {
+        return None;
+    }
+    Some(refuse(
+        Code::DestinationDisabled,
+        format!("Host {} takes no VMs at present.", destination.name),
+        "Enable the host, or choose another destination.",
+    ))
+}
+
+/// The first thing that no QEMU of the destination has. What follows from it is not listed: a
+/// QEMU that is missing has no machine types either.
+fn engine(vm: &VmFacts, destination: &HostFacts) -> Option<Verdict> {
+    let host = &destination.name;
+    let mut engines: Vec<&EngineFacts> = destination.engines.iter().collect();
+    if engines.is_empty() {
+        return Some(refuse(
+            Code::EngineMissing,
+            format!("Host {host} has no usable QEMU; VM {} runs on QEMU {}.", vm.name, vm.engine),
+            format!("Install QEMU {} or newer on {host} and restart its agent.", vm.engine),
+        ));
+    }
+    for need in engine_needs(vm) {
+        let versions: Vec<_> = engines.iter().map(|engine| engine.version.to_string()).collect();
+        engines.retain(|engine| (need.met_by)(vm, engine));
+        if engines.is_empty() {
+            return Some(refuse(
+                need.code,
+                format!(
+                    "QEMU {} on host {host} cannot do {} of VM {}.",
+                    versions.join(", "),
+                    need.what,
+                    vm.name
+                ),
+                format!("Choose another destination, or {}.", need.remedy),
+            ));
+        }
+    }
+    older(vm, destination)
+}
+
+/// Something that a QEMU must be able to do to run the VM.
+struct EngineNeed {
+    code: Code,
+    what: String,
+    met_by: fn(&VmFacts, &EngineFacts) -> bool,
+    remedy: String,
+}
+
+fn engine_needs(vm: &VmFacts) -> [EngineNeed; 3] {
+    [
+        EngineNeed {
+            code: Code::AcceleratorMissing,
+            what: format!("accelerator {}", vm.accelerator),
+            met_by: |vm, engine| engine.accelerators.contains(&vm.accelerator),
+            remedy: "restart the VM with an accelerator that both hosts have".into(),
+        },
+        EngineNeed {
+            code: Code::MachineTypeMissing,
+            what: format!("machine type {}", vm.machine_type),
+            met_by: |vm, engine| engine.machine_types.contains(&vm.machine_type),
+            remedy: format!("install there QEMU {}, which runs the VM now", vm.engine),
+        },
+        EngineNeed {
+            code: Code::CpuModelMissing,
+            what: format!("CPU model {}", vm.cpu_model),
+            met_by: |vm, engine| engine.cpu_models.contains(&vm.cpu_model),
+            remedy: format!("install there QEMU {}, which runs the VM now", vm.engine),
+        },
+    ]
+}
+
+/// To an older QEMU works by the pinned machine type (tried: 10.0.2 to 7.2.22 with pc-q35-7.2), but
+/// QEMU's developers test the other direction.
+fn older(vm: &VmFacts, destination: &HostFacts) -> Option<Verdict> {
+    let engine = choose_engine(vm, destination)?;
+    let line = |version: EngineVersion| (version.major, version.minor);
+    if line(engine.version) >= line(vm.engine) {
+        return None;
+    }
+    Some(warn(
+        Code::EngineOlder,
+        format!(
+            "VM {} runs on QEMU {}, host {} has the older QEMU {}.",
+            vm.name, vm.engine, destination.name, engine.version
+        ),
+        format!("Prefer a destination with QEMU {} or newer.", vm.engine),
+    ))
+}
+
+fn cpu_features(vm: &VmFacts, destination: &HostFacts) -> Option<Verdict> {
+    let missing: Vec<&str> =
+        vm.cpu_features.difference(&destination.cpu_features).map(String::as_str).collect();
+    if missing.is_empty() {
+        return None;
+    }
+    Some(refuse(
+        Code::CpuFeatures,
+        format!(
+            "The guest of VM {} sees processor features that host {} does not have: {}.",
+            vm.name,
+            destination.name,
+            missing.join(", ")
+        ),
+        "Choose a destination with these features, or restart the VM with a CPU model that does \
+         without them.",
+    ))
+}
+
+fn memory(vm: &VmFacts, destination: &HostFacts) -> Option<Verdict> {
+    let needed = vm.memory_bytes.saturating_add(ENGINE_OVERHEAD_BYTES);
+    if needed <= destination.memory_available_bytes {
+        return None;
+    }
+    let host = &destination.name;
+    let advice = if needed > destination.memory_total_bytes {
+        format!("{host} is too small for this VM: choose another destination.")
+    } else {
+        format!("Free memory on {host}, or choose another destination.")
+    };
+    Some(refuse(
+        Code::Memory,
+        format!(
+            "VM {} needs {} MiB ({} MiB and {} MiB for QEMU), host {host} has {} MiB available of {} \
+             MiB.",
+            vm.name,
+            needed.div_ceil(MIB_BYTES),
+            vm.memory_bytes.div_ceil(MIB_BYTES),
+            ENGINE_OVERHEAD_BYTES / MIB_BYTES,
+            destination.memory_available_bytes / MIB_BYTES,
+            destination.memory_total_bytes / MIB_BYTES,
+        ),
+        advice,
+    ))
+}
+
+/// One verdict for each missing network, naming the interfaces that need it.
+fn networks(vm: &VmFacts, destination: &HostFacts) -> Vec<Verdict> {
+    let wanted: BTreeSet<&Name> = vm.nics.iter().map(|nic| &nic.network).collect();
+    let missing = wanted.into_iter().filter(|network| !destination.networks.contains(*network));
+    missing
+        .map(|network| {
+            let nics: Vec<&str> = vm
+                .nics
+                .iter()
+                .filter(|nic| nic.network == *network)
+                .map(|nic| nic.label.as_str())
+                .collect();
+            refuse(
+                Code::NetworkMissing,
+                format!(
+                    "Network {network} ({} of VM {}) is not on host {}.",
+                    nics.join(", "),
+                    vm.name,
+                    destination.name
+                ),
+                format!("Give {} a bridge for {network}, or choose another.", destination.name),
+            )
+        })
+        .collect()
+}
+
+/// One verdict for each file that the destination could not open.
+fn files(
+    vm: &VmFacts,
+    source: &Name,
+    destination: &HostFacts,
+    shared_storages: &BTreeSet<Name>,
+) -> Vec<Verdict> {
+    let host = &destination.name;
+    let verdict = |file: &FileFacts| {
+        let FileFacts { label, storage, path } = file;
+        let what = format!("{label} of VM {} ({path} on storage {storage})", vm.name);
+        if !destination.storages.contains(storage) {
+            return Some(refuse(
+                Code::DiskUnreachable,
+                format!("Host {host} has no storage {storage}: it cannot open the {what}."),
+                format!("Add storage {storage} to {host}, or choose another destination."),
+            ));
+        }
+        if !shared_storages.contains(storage) {
+            return Some(refuse(
+                Code::DiskUnreachable,
+                format!(
+                    "Storage {storage} on host {host} is not the one on host {source}: {host} cannot \
+                     open the {what}."
+                ),
+                format!("Mount the same file system as {storage} on both hosts."),
+            ));
+        }
+        None
+    };
+    vm.files.iter().filter_map(verdict).collect()
+}
+
+fn reachability(source: &Name, host: &Name, reach: &Reach) -> Option<Verdict> {
+    match reach {
+        Reach::Reachable => None,
+        Reach::NotProbed => Some(warn(
+            Code::AddressNotProbed,
+            format!("Whether host {source} reaches host {host} was not tried."),
+            format!("See that the agent of {source} is running."),
+        )),
+        Reach::Unresolvable { host: name, because } => Some(refuse(
+            Code::AddressUnresolvable,
+            format!(
+                "Host {source} cannot resolve {name}, the migration address of {host}: {because}."
+            ),
+            format!("Give {host} a migration address that {source} can resolve, or an IP address."),
+        )),
+        Reach::PortClosed { address, because } => Some(refuse(
+            Code::PortClosed,
+            format!("Host {source} cannot connect to host {host} at {address}: {because}."),
+            format!("See that the agent of {host} is running and that no firewall is in between."),
+        )),
+        Reach::TlsFailed { address, because } => Some(refuse(
+            Code::TlsFailed,
+            format!(
+                "Host {source} does not trust what answers at {address} as host {host}: {because}."
+            ),
+            format!(
+                "Check the certificates and clocks of {source} and {host}; join the pool again."
+            ),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests;
