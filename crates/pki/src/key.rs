@@ -13,6 +13,8 @@ use rcgen::{
 };
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
+use crate::certificate::{Fingerprint, sha256};
+
 /// Longest signing request that is read, in bytes; ours are about 350.
 pub const MAX_REQUEST_BYTES: usize = 4096;
 
@@ -129,6 +131,11 @@ impl SubjectKey {
         SubjectPublicKeyInfo::from_der(&request.public_key.subject_public_key_info())
             .map(SubjectKey)
             .map_err(KeyError::Encode)
+    }
+
+    /// SHA-256 over the public key: tells whether two requests come from the same holder.
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint(sha256(&[self.0.der_bytes()]))
     }
 
     pub(crate) fn info(&self) -> &SubjectPublicKeyInfo {
