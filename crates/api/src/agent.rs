@@ -25,6 +25,7 @@
 //! | `GET /v1/outgoing/{migration}` | controller | [`OutgoingReport`] |
 //! | `GET /v1/outgoing/{migration}/watch` | controller | [`OutgoingReport`] as server-sent events |
 //! | `POST /v1/outgoing/{migration}/cancel` | controller | → [`OutgoingReport`], or `handed-over` |
+//! | `POST /v1/outgoing/{migration}/handoff` | controller | a relayed answer, [`Handoff`] → [`OutgoingReport`] |
 //! | `DELETE /v1/outgoing/{migration}` | controller | retire: the record has moved, forget the VM |
 
 use std::net::SocketAddr;
@@ -35,6 +36,7 @@ use whimbrel_migration::downtime::Downtime;
 use whimbrel_migration::handoff::Message;
 use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
 use whimbrel_migration::phase::Phase;
+use whimbrel_pki::grant::SignedGrant;
 
 use crate::migration::{MigrateOptions, Progress, Stay};
 use crate::vm::{RunningEngine, VmDefinition, VmState};
@@ -189,10 +191,8 @@ pub struct IncomingRequest {
     pub source: Name,
     /// The epoch that the destination would take.
     pub epoch: Epoch,
-    /// Whether the user has paused the VM: it arrives paused.
-    pub paused: bool,
-    /// The controller's signed permission, see `whimbrel_pki::grant`.
-    pub grant: String,
+    /// The controller's signed permission.
+    pub grant: SignedGrant,
 }
 
 /// The destination is prepared: a QEMU listens, stopped.
@@ -240,8 +240,7 @@ pub struct Handoff {
     pub ticket: String,
     /// The message.
     pub message: Message,
-    /// When the destination's guest ran again, if this is the answer to GO: microseconds that the GO took there, and
-    /// QEMU's own time stamp of its RESUME event (microseconds since 1970, the destination's clock).
+    /// When the destination's guest ran again, if this answers a GO.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed: Option<Resumed>,
 }
@@ -250,8 +249,9 @@ pub struct Handoff {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Resumed {
-    /// From GO's arrival to QEMU's RESUME event, in microseconds.
-    pub go_to_resume_us: u64,
+    /// From the guest's resumption to the sending of this answer, in microseconds: what of the GO's round trip was no
+    /// longer a pause of the guest.
+    pub since_resume_us: u64,
     /// QEMU's time stamp of RESUME, microseconds since 1970, by the destination's clock.
     pub resume_at_us: u64,
 }
@@ -271,7 +271,7 @@ pub struct OutgoingRequest {
     /// What the destination offered.
     pub offer: IncomingOffer,
     /// The controller's signed permission.
-    pub grant: String,
+    pub grant: SignedGrant,
 }
 
 /// How the source's side is.
@@ -289,6 +289,9 @@ pub struct OutgoingReport {
     /// The pause by its parts, once it is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<Downtime>,
+    /// The message that waits for its answer, while the source is in doubt: for the controller to relay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relay: Option<Handoff>,
     /// The end, from the source's point of view.
     #[serde(flatten)]
     pub end: OutgoingEnd,

@@ -60,7 +60,7 @@ pub(crate) struct Caller {
     http: reqwest::Client,
     target: Target,
     server_name: String,
-    tls: Arc<whimbrel_pki::tls::ClientConfig>,
+    tls: Arc<rustls::ClientConfig>,
     base: String,
 }
 
@@ -68,7 +68,7 @@ impl Caller {
     fn new(
         target: Target,
         server_name: String,
-        tls: Arc<whimbrel_pki::tls::ClientConfig>,
+        tls: Arc<rustls::ClientConfig>,
     ) -> Result<Self, ApiError> {
         let builder = reqwest::Client::builder()
             .tls_backend_preconfigured(tls.as_ref().clone())
@@ -150,7 +150,7 @@ impl Caller {
 
     fn unreachable(&self, error: &(dyn std::error::Error + 'static)) -> ApiError {
         let who = self.who();
-        match whimbrel_pki::tls::explain(error) {
+        match whimbrel_pki::trouble::explain(error) {
             Some(trouble) => ApiError::new(ErrorCode::Unreachable, format!("{who} was not trusted or did not trust us: {trouble}"))
                 .hint("compare the certificates of both sides: `whimbrel host show HOST` tells when they expire"),
             None => ApiError::new(ErrorCode::Unreachable, format!("{who} does not answer: {}", crate::error::chain(error))),

@@ -8,7 +8,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
+use utoipa::openapi::RefOr;
+use utoipa::{PartialSchema, ToSchema};
 use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
 
 /// Bounds of a VM, checked before anything is touched.
@@ -85,8 +87,7 @@ impl<'de> Deserialize<'de> for Bytes {
 ///
 /// The path is relative, has no `..`, no empty part and no leading dash; the agent opens it beneath the storage without
 /// following symlinks, so that this check is for clear words and the opening is for safety.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, ToSchema)]
-#[schema(value_type = String, example = "shared/boot/vmlinuz")]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StoragePath {
     /// The storage.
     pub storage: Name,
@@ -117,6 +118,18 @@ impl StoragePath {
         Ok(Self { storage, path: path.to_owned() })
     }
 }
+
+impl PartialSchema for StoragePath {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .description(Some("A file in a storage, written `STORAGE/path/in/it`."))
+            .examples(["shared/boot/vmlinuz"])
+            .into()
+    }
+}
+
+impl ToSchema for StoragePath {}
 
 impl FromStr for StoragePath {
     type Err = String;

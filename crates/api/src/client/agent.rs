@@ -30,9 +30,9 @@ impl AgentClient {
     pub fn new(
         host: &Name,
         address: &str,
-        tls: Arc<whimbrel_pki::tls::ClientConfig>,
+        tls: Arc<rustls::ClientConfig>,
     ) -> Result<Self, ApiError> {
-        let name = whimbrel_pki::identity::agent_san(host.as_ref());
+        let name = whimbrel_pki::identity::agent_dns_name(host.as_ref());
         Caller::new(Target::Tcp(address.to_owned()), name, tls).map(Self)
     }
 
@@ -170,6 +170,11 @@ impl AgentClient {
     /// Cancels; `handed-over` once the guest has been given away.
     pub async fn cancel_outgoing(&self, id: MigrationId) -> Result<OutgoingReport, ApiError> {
         self.0.post(&format!("/outgoing/{id}/cancel"), &serde_json::json!({})).await
+    }
+
+    /// Brings the source an answer that the direct way did not bring.
+    pub async fn relay_answer(&self, id: MigrationId, answer: &Handoff) -> Result<OutgoingReport, ApiError> {
+        self.0.post(&format!("/outgoing/{id}/handoff"), answer).await
     }
 
     /// Retires the source's side: placement has moved.

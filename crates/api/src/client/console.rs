@@ -6,6 +6,7 @@ use futures::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
+use whimbrel_pki::dial::{self, Endpoint};
 
 use super::{Caller, Target};
 use crate::{ApiError, ErrorCode};
@@ -26,15 +27,7 @@ impl std::fmt::Debug for Console {
 
 impl Console {
     pub(super) async fn open(caller: &Caller, path: &str) -> Result<Self, ApiError> {
-        let target = match &caller.target {
-            Target::Tcp(address) => whimbrel_pki::connect::Target::Tcp(address.clone()),
-            Target::Unix(path) => whimbrel_pki::connect::Target::Unix(path.clone()),
-        };
-        let stream =
-            whimbrel_pki::connect::connect(&target, &caller.server_name, caller.tls.clone())
-                .await
-                .map_err(|error| caller.unreachable(&error))?;
-        let stream: Pin<Box<dyn Stream>> = Box::pin(stream);
+        let stream = connect(caller).await?;
         let url = format!("wss{}{path}", caller.base.strip_prefix("https").unwrap_or(&caller.base));
         match client_async(url, stream).await {
             Ok((socket, _)) => Ok(Self { socket }),
@@ -69,4 +62,29 @@ impl Console {
     pub async fn write(&mut self, bytes: &[u8]) -> bool {
         self.socket.send(Message::binary(bytes.to_vec())).await.is_ok()
     }
+}
+
+/// Connects to the server with TLS, trying each address that its name resolves to.
+async fn connect(caller: &Caller) -> Result<Pin<Box<dyn Stream>>, ApiError> {
+    let endpoints: Vec<Endpoint> = match &caller.target {
+        Target::Unix(path) => vec![Endpoint::Unix(path.clone())],
+        Target::Tcp(address) => {
+            let found = tokio::net::lookup_host(address).await;
+            found.map_err(|error| caller.unreachable(&error))?.map(Endpoint::Tcp).collect()
+        }
+    };
+    let mut failed = None;
+    for endpoint in &endpoints {
+        match dial::connect(endpoint, &caller.server_name, caller.tls.clone()).await {
+            Ok(stream) => return Ok(Box::pin(stream)),
+            Err(error) => failed = Some(error),
+        }
+    }
+    Err(match failed {
+        Some(error) => caller.unreachable(&error),
+        None => ApiError::new(
+            ErrorCode::Unreachable,
+            format!("{} cannot be found: its name has no address", caller.who()),
+        ),
+    })
 }

@@ -26,9 +26,9 @@ impl PoolClient {
     /// The controller at `target`, spoken to with the certificate in `tls`.
     pub fn new(
         target: Target,
-        tls: Arc<whimbrel_pki::tls::ClientConfig>,
+        tls: Arc<rustls::ClientConfig>,
     ) -> Result<Self, ApiError> {
-        Caller::new(target, whimbrel_pki::identity::CONTROLLER_SAN.to_owned(), tls).map(Self)
+        Caller::new(target, whimbrel_pki::identity::CONTROLLER_DNS_NAME.to_owned(), tls).map(Self)
     }
 
     /// Hands a join token in.
