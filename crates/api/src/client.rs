@@ -5,11 +5,13 @@
 //! cause. Called by the command line, the controller (to agents) and the agents (to each other).
 
 mod agent;
+mod config;
 mod console;
 mod pool;
 mod stream;
 
 pub use agent::AgentClient;
+pub use config::{ClientConfig, ClientConfigError};
 pub use console::Console;
 pub use pool::PoolClient;
 pub use stream::EventStream;

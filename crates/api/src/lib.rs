@@ -13,6 +13,7 @@
 pub mod agent;
 pub mod client;
 pub mod error;
+pub mod event;
 pub mod migration;
 pub mod pool;
 #[cfg(feature = "server")]

@@ -46,6 +46,11 @@ impl AgentClient {
         self.0.put(&format!("/networks/{}", network.name), network).await
     }
 
+    /// Takes a network's bridge down.
+    pub async fn delete_network(&self, name: &Name) -> Result<(), ApiError> {
+        self.0.delete(&format!("/networks/{name}")).await
+    }
+
     /// Makes a storage known.
     pub async fn put_storage(&self, storage: &Storage) -> Result<StorageReport, ApiError> {
         self.0.put(&format!("/storages/{}", storage.name), storage).await
@@ -173,7 +178,11 @@ impl AgentClient {
     }
 
     /// Brings the source an answer that the direct way did not bring.
-    pub async fn relay_answer(&self, id: MigrationId, answer: &Handoff) -> Result<OutgoingReport, ApiError> {
+    pub async fn relay_answer(
+        &self,
+        id: MigrationId,
+        answer: &Handoff,
+    ) -> Result<OutgoingReport, ApiError> {
         self.0.post(&format!("/outgoing/{id}/handoff"), answer).await
     }
 

@@ -8,6 +8,7 @@ use whimbrel_migration::names::{MigrationId, Name};
 
 use super::{Caller, Console, EventStream, Target};
 use crate::ApiError;
+use crate::event::Event;
 use crate::migration::{MigrateRequest, Migration, MigrationEvent};
 use crate::pool::{
     Host, HostPatch, JoinAnswer, JoinRequest, JoinToken, Network, NewJoinToken, Storage,
@@ -24,10 +25,7 @@ pub struct PoolClient(Caller);
 
 impl PoolClient {
     /// The controller at `target`, spoken to with the certificate in `tls`.
-    pub fn new(
-        target: Target,
-        tls: Arc<rustls::ClientConfig>,
-    ) -> Result<Self, ApiError> {
+    pub fn new(target: Target, tls: Arc<rustls::ClientConfig>) -> Result<Self, ApiError> {
         Caller::new(target, whimbrel_pki::identity::CONTROLLER_DNS_NAME.to_owned(), tls).map(Self)
     }
 
@@ -111,6 +109,11 @@ impl PoolClient {
     /// Opens a VM's console.
     pub async fn console(&self, vm: &str) -> Result<Console, ApiError> {
         Console::open(&self.0, &format!("/vms/{vm}/console")).await
+    }
+
+    /// Follows everything that changes in the pool; it begins with everything there is.
+    pub async fn events(&self) -> Result<EventStream<Event>, ApiError> {
+        EventStream::open(&self.0, "/events").await
     }
 
     /// Asks for a migration; the answer comes when it is admitted or refused.

@@ -1,0 +1,50 @@
+//! What changed in a pool: the lines of `GET /v1/events`.
+//!
+//! Each event carries the whole thing as it is now, so that a reader who missed some has missed nothing that lasts. A stream
+//! begins with one event for every thing there is; whoever reads too slowly gets that beginning again instead of a backlog.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use whimbrel_migration::names::{Name, VmId};
+
+use crate::migration::Migration;
+use crate::pool::{Host, Network, Storage};
+use crate::vm::Vm;
+
+/// Something as it is now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+pub enum Event {
+    /// A host joined, changed or went silent.
+    Host {
+        /// The host.
+        host: Host,
+    },
+    /// A network was made.
+    Network {
+        /// The network.
+        network: Network,
+    },
+    /// A storage was made known.
+    Storage {
+        /// The storage.
+        storage: Storage,
+    },
+    /// A VM was created or changed.
+    Vm {
+        /// The VM.
+        vm: Vm,
+    },
+    /// A VM was deleted.
+    VmDeleted {
+        /// Its id.
+        id: VmId,
+        /// Its name.
+        name: Name,
+    },
+    /// A migration began, went on or ended.
+    Migration {
+        /// The record.
+        migration: Migration,
+    },
+}
