@@ -16,6 +16,7 @@
 
 pub mod incoming;
 pub mod outgoing;
+mod settings;
 mod statistics;
 mod tls;
 

@@ -1,12 +1,38 @@
-//! The destination's side of a migration.
+//! The destination's side of a migration: a QEMU that listens, loads, and stays stopped.
+//!
+//! What QEMU does here, seen on 7.2 and 10.0:
+//!
+//! - Loaded is `completed` with run state `paused` (the source's guest ran, or was paused),
+//!   `prelaunch` (it had never run) or the state in which the source's guest was stopped
+//!   (`shutdown`, `io-error`, …). With `-S` it never becomes `running` by itself.
+//! - **Loaded proves nothing alone.** After a cancel in the source's last stage the source lets its
+//!   guest run again *and* the destination still becomes `completed`. Only the source's
+//!   `completed` together with this one's does.
+//! - By default QEMU announces the guest's addresses as soon as it is loaded, before `cont`: the
+//!   network would turn to a guest that is not running, and may never. The rounds are set to 0
+//!   here, so whoever sends `cont` calls [`Machine::announce_self`] after it.
+//! - With `late-block-activate` the disks are opened and locked by `cont`. Without it 7.2 takes
+//!   them when loaded, and the source could not go back to them; 10.0 waits in either case.
+//! - A failed load ends QEMU with status 1 and a line in its log. Where QEMU can be told to stay
+//!   (`exit-on-error`, 10.0), it does, with the reason in `query-migrate`.
+//! - A client refused by `tls-authz`, or one that speaks no TLS, leaves it listening. One that
+//!   breaks off after the TLS handshake ends it ("Not a migration stream"), except with multifd.
+//! - multifd on the destination alone leaves it waiting for ever, in `setup`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use super::Statistics;
+use serde_json::{Value, json};
+
+use super::settings::{next_change, set_capabilities, set_parameters};
+use super::{MigrationStatus, Statistics, tls};
 use crate::machine::{Machine, RunState};
 use crate::qmp::QmpError;
+
+/// Pause between two questions when no event comes.
+const POLL_MILLISECONDS: u64 = 100;
 
 /// How a destination waits for its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +63,7 @@ pub struct Listening {
     pub address: SocketAddr,
 }
 
-/// A destination that holds the whole guest, stopped.
+/// A destination that has loaded the whole guest, stopped.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Loaded {
     /// QEMU's run state.
@@ -64,59 +90,146 @@ pub enum IncomingError {
         #[source]
         source: QmpError,
     },
-    /// No port of the range is free.
-    #[error("no free port on {address} in {}-{}", ports.start(), ports.end())]
-    NoFreePort {
+    /// It does not listen, most often because no port of the range is free.
+    #[error("can not listen on {address}, ports {} to {}", ports.start(), ports.end())]
+    Listen {
         /// The address.
         address: IpAddr,
         /// The range.
         ports: RangeInclusive<u16>,
-        /// QEMU's last refusal.
+        /// QEMU's refusal.
         #[source]
         source: QmpError,
     },
+    /// QEMU listens, but does not say where.
+    #[error("the destination's QEMU does not tell its port")]
+    NoAddress,
     /// QEMU says that loading failed.
     #[error("loading failed on the destination: {}", reason.as_deref().unwrap_or("no reason given"))]
     Failed {
-        /// QEMU's text (10.0; 7.2 writes it to its log only).
+        /// QEMU's text (10.0); the details are in its log.
         reason: Option<String>,
     },
-    /// QEMU ended; its last words are in its log.
+    /// QEMU ended (7.2 does on every failure to load); its last words are in its log.
     #[error("the destination's QEMU ended while it waited for the guest")]
     Ended(#[source] QmpError),
     /// QEMU can not be asked.
     #[error("can not ask the destination how far it is")]
     Query(#[source] QmpError),
     /// Loading is done, but the guest is not stopped: it must be treated as running.
-    #[error("the destination is in state {run_state} instead of stopped")]
-    NotStopped {
-        /// QEMU's run state.
-        run_state: RunState,
-    },
+    #[error("the destination's guest runs without having been told to")]
+    NotStopped,
+}
+
+impl IncomingError {
+    fn query(error: QmpError) -> Self {
+        if error.is_disconnected() { Self::Ended(error) } else { Self::Query(error) }
+    }
 }
 
 /// Makes a QEMU that was started with `incoming` listen.
 ///
 /// On success it listens on the returned address, and its guest is stopped. On failure it must be
-/// ended: what was set is not taken back.
+/// ended: what was set is not taken back, and 10.0 refuses a second `migrate-incoming` after one
+/// that found its port taken. That is why QEMU gets the whole range and looks for a free port
+/// itself.
 ///
 /// # Errors
 ///
-/// [`IncomingError`].
+/// [`IncomingError`], except `Failed` and `NotStopped`.
 pub async fn prepare(
     machine: &Machine,
     settings: &IncomingSettings,
 ) -> Result<Listening, IncomingError> {
-    let _ = (machine, settings);
-    unimplemented!()
+    let step = |step| move |source| IncomingError::Prepare { step, source };
+    let features = machine.features();
+    let multifd = settings.multifd_channels.is_some();
+    if multifd && !features.multifd {
+        return Err(IncomingError::Unsupported { feature: "multifd" });
+    }
+    let capabilities = [
+        ("events", true),
+        ("return-path", true),
+        ("late-block-activate", true),
+        ("validate-uuid", features.validate_uuid),
+        ("multifd", multifd),
+    ];
+    set_capabilities(machine, &capabilities).await.map_err(step("capabilities"))?;
+
+    let mut parameters = match &settings.tls {
+        Some(settings) => {
+            tls::make_server(machine, settings).await.map_err(step("TLS credentials"))?
+        }
+        None => tls::none(),
+    };
+    parameters.insert("announce-rounds".to_owned(), json!(0));
+    if let Some(channels) = settings.multifd_channels {
+        parameters.insert("multifd-channels".to_owned(), json!(channels));
+    }
+    set_parameters(machine, parameters).await.map_err(step("parameters"))?;
+    listen(machine, settings).await
 }
 
-/// Waits until the whole guest is here, stopped. Cancellation safe; may be called again.
+async fn listen(
+    machine: &Machine,
+    settings: &IncomingSettings,
+) -> Result<Listening, IncomingError> {
+    let first = SocketAddr::new(settings.address, *settings.ports.start());
+    let mut arguments = json!({ "uri": format!("tcp:{first},to={}", settings.ports.end()) });
+    if machine.features().exit_on_error {
+        arguments["exit-on-error"] = json!(false);
+    }
+    machine.order("migrate-incoming", arguments).await.map_err(|source| IncomingError::Listen {
+        address: settings.address,
+        ports: settings.ports.clone(),
+        source,
+    })?;
+    let answer = machine.qmp().execute("query-migrate", Value::Null).await;
+    let answer = answer.map_err(IncomingError::query)?;
+    let port = answer.pointer("/socket-address/0/port").and_then(Value::as_str);
+    let port = port.and_then(|port| port.parse().ok()).ok_or(IncomingError::NoAddress)?;
+    Ok(Listening { address: SocketAddr::new(settings.address, port) })
+}
+
+/// Waits until the whole guest is here, stopped. As long as nothing fails this waits for ever: the
+/// caller bounds it. Cancellation safe; may be called again, also after a restart of the agent.
 ///
 /// # Errors
 ///
-/// [`IncomingError`].
+/// [`IncomingError::Failed`], `Ended`, `Query`, `NotStopped`. A question that QEMU is too busy to
+/// answer is asked again.
 pub async fn wait_loaded(machine: &Machine) -> Result<Loaded, IncomingError> {
-    let _ = machine;
-    unimplemented!()
+    let mut events = machine.events();
+    loop {
+        match loaded(machine).await {
+            Ok(Some(loaded)) => return Ok(loaded),
+            Ok(None) | Err(IncomingError::Query(QmpError::TimedOut { .. })) => {}
+            Err(error) => return Err(error),
+        }
+        next_change(&mut events, Duration::from_millis(POLL_MILLISECONDS)).await;
+    }
+}
+
+/// Whether the whole guest is here, asked once.
+///
+/// # Errors
+///
+/// As [`wait_loaded`].
+pub async fn loaded(machine: &Machine) -> Result<Option<Loaded>, IncomingError> {
+    let statistics = Statistics::query(machine.qmp()).await.map_err(IncomingError::query)?;
+    match statistics.status {
+        MigrationStatus::Completed => {}
+        MigrationStatus::Failed | MigrationStatus::Cancelled => {
+            return Err(IncomingError::Failed { reason: statistics.error_desc });
+        }
+        _ => return Ok(None),
+    }
+    let status = machine.status().await.map_err(IncomingError::query)?;
+    match status.run_state {
+        // QEMU sets the run state before it tells `completed`; an order of ours in between, such
+        // as a second `completed` of a newer version, is waited out.
+        RunState::InMigrate => Ok(None),
+        _ if status.running => Err(IncomingError::NotStopped),
+        run_state => Ok(Some(Loaded { run_state, statistics })),
+    }
 }

@@ -1,15 +1,56 @@
-//! The source's side of a migration.
+//! The source's side of a migration: the guest is copied, stopped, and sent to its end.
+//!
+//! What QEMU does here, seen on 7.2 and 10.0:
+//!
+//! - `pre-switchover` does not prove that anything arrived: a small guest fits into the buffers of
+//!   the connection, and with TLS 1.3 a client that the destination refuses learns it late. Only
+//!   `completed` does, because with `return-path` the source waits for the destination's word
+//!   that it has loaded everything.
+//! - **QEMU lets the guest run again by itself** when a migration fails or is cancelled at any
+//!   moment before `completed`, also after `migrate-continue`, if the guest ran when the migration
+//!   began. First the status becomes `failed` (or `cancelling`), then the guest runs, then
+//!   `cancelled` is told. Nothing in QMP prevents it: `stop` at pre-switchover is answered with
+//!   success and changes nothing, `cont` is refused ("Migration is not finalized yet"). So before
+//!   `completed` no other host may be allowed to run this guest; after it QEMU leaves the guest
+//!   alone.
+//! - After `completed` the run state is `postmigrate`, and `cont` makes the guest run again on
+//!   both versions: nothing but the caller's own record holds it back. A disk that the
+//!   destination's running guest has locked makes that `cont` fail; disks that are not shared do
+//!   not.
+//! - A guest that its user had paused stays stopped after a failure. 10.0 returns to `paused`; 7.2
+//!   shows `postmigrate` then. The run state alone does not tell that a guest has left.
+//! - A destination that hangs leaves the source in `device` for ever, its guest stopped:
+//!   [`Outgoing::continue_to_completed`] is bounded, and [`Outgoing::cancel`] ends this state too.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
-use super::Statistics;
-use crate::event::Timestamp;
+use super::settings::{next_change, set_capabilities, set_parameters};
+use super::{MigrationStatus, Statistics, tls};
+use crate::event::{EventKind, Events, Timestamp};
 use crate::machine::{Machine, RunState};
 use crate::qmp::QmpError;
+
+/// Pause between two questions while memory is copied; also how often progress is told.
+const PROGRESS_MILLISECONDS: u64 = 200;
+
+/// Pause between two questions while the guest is stopped, when no event comes.
+const SWITCHOVER_POLL_MILLISECONDS: u64 = 20;
+
+/// How long QEMU may take to decide on the guest's run state after a failure.
+const SETTLE_SECONDS: u64 = 5;
+
+/// What stands for no limit, in bytes per second (1 TiB/s). QEMU's own default is 128 MiB/s, and
+/// 0 is not documented to mean no limit before post-copy.
+const UNLIMITED_BYTES_PER_SECOND: u64 = 1 << 40;
+
+/// QEMU's own default for the downtime, in milliseconds.
+pub const DEFAULT_MAX_DOWNTIME_MS: u64 = 300;
 
 /// How a source sends its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,9 +67,6 @@ pub struct OutgoingSettings {
     pub multifd_channels: Option<u8>,
 }
 
-/// QEMU's own default for the downtime, in milliseconds.
-pub const DEFAULT_MAX_DOWNTIME_MS: u64 = 300;
-
 /// Whom to expect at the other end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutgoingTls {
@@ -38,10 +76,12 @@ pub struct OutgoingTls {
     pub hostname: String,
 }
 
-/// A migration that QEMU was told to begin.
+/// A migration that QEMU was told to begin. Dropping it does nothing to the migration.
 #[derive(Debug)]
 pub struct Outgoing {
     machine: Machine,
+    events: Events,
+    stopped_at: Option<Timestamp>,
 }
 
 /// The source after the whole guest has left: stopped, `postmigrate`.
@@ -49,8 +89,8 @@ pub struct Outgoing {
 pub struct Completed {
     /// The last figures.
     pub statistics: Statistics,
-    /// When the vCPUs stopped, from the STOP event; `None` when the event was missed (the agent
-    /// was restarted in between).
+    /// When the vCPUs stopped, from the STOP event; `None` when they were stopped before, or the
+    /// event was missed (the agent was restarted in between).
     pub stopped_at: Option<Timestamp>,
 }
 
@@ -63,7 +103,8 @@ pub enum OutgoingError {
         /// What is missing.
         feature: &'static str,
     },
-    /// A step of the preparation failed. The guest goes on as it was.
+    /// A step of the preparation failed. The guest goes on as it was; only where the step was the
+    /// beginning itself, and QEMU did not answer, the migration may have begun: cancel it.
     #[error("can not begin to migrate: {step}")]
     Prepare {
         /// Which.
@@ -78,7 +119,7 @@ pub enum OutgoingError {
     /// QEMU says that the migration failed; `run_state` is what it has made of the guest.
     #[error("the migration failed: {}", reason.as_deref().unwrap_or("no reason given"))]
     Failed {
-        /// QEMU's text.
+        /// QEMU's text; 7.2 often has none.
         reason: Option<String>,
         /// QEMU's run state after the failure.
         run_state: RunState,
@@ -89,11 +130,11 @@ pub enum OutgoingError {
         /// QEMU's run state after it.
         run_state: RunState,
     },
-    /// It took longer than allowed. What QEMU does is unknown; cancel, or ask again.
-    #[error("the migration did not get past {waiting_for} within {} ms", after.as_millis())]
+    /// It took longer than allowed. What QEMU does is unknown: cancel, which tells.
+    #[error("the source's QEMU took more than {} ms for {what}", after.as_millis())]
     TookTooLong {
         /// What was waited for.
-        waiting_for: &'static str,
+        what: &'static str,
         /// How long.
         after: Duration,
     },
@@ -107,28 +148,76 @@ pub enum Cancelled {
         /// QEMU's run state.
         run_state: RunState,
     },
-    /// It came too late: the migration is complete, and the guest is stopped.
+    /// It came too late: the whole guest has been sent, and is stopped here.
     AlreadyCompleted,
 }
 
+/// Where a migration stands, as far as the steps here are concerned.
+enum Standing {
+    Copying,
+    PreSwitchover,
+    Finishing,
+    Completed,
+}
+
 impl Outgoing {
-    /// Sets everything up and tells QEMU to begin.
+    /// Sets everything up and tells QEMU to begin. What an earlier try left is taken away first.
     ///
     /// # Errors
     ///
-    /// [`OutgoingError::Unsupported`], [`OutgoingError::Prepare`]: the guest runs on.
+    /// [`OutgoingError::Unsupported`], [`OutgoingError::Prepare`].
     pub async fn start(
         machine: &Machine,
         settings: &OutgoingSettings,
     ) -> Result<Self, OutgoingError> {
-        let _ = settings;
-        Ok(Self { machine: machine.clone() })
+        let step = |step| move |source| OutgoingError::Prepare { step, source };
+        let features = machine.features();
+        let multifd = settings.multifd_channels.is_some();
+        if multifd && !features.multifd {
+            return Err(OutgoingError::Unsupported { feature: "multifd" });
+        }
+        let capabilities = [
+            ("events", true),
+            ("return-path", true),
+            ("pause-before-switchover", true),
+            ("validate-uuid", features.validate_uuid),
+            ("multifd", multifd),
+        ];
+        set_capabilities(machine, &capabilities).await.map_err(step("capabilities"))?;
+
+        let mut parameters = match &settings.tls {
+            Some(settings) => {
+                tls::make_client(machine, settings).await.map_err(step("TLS credentials"))?
+            }
+            None => tls::none(),
+        };
+        let bandwidth = match settings.max_bandwidth_bytes_per_second {
+            0 => UNLIMITED_BYTES_PER_SECOND,
+            limit => limit,
+        };
+        parameters.insert("max-bandwidth".to_owned(), json!(bandwidth));
+        parameters.insert("downtime-limit".to_owned(), json!(settings.max_downtime_ms));
+        if let Some(channels) = settings.multifd_channels {
+            parameters.insert("multifd-channels".to_owned(), json!(channels));
+        }
+        set_parameters(machine, parameters).await.map_err(step("parameters"))?;
+
+        let outgoing = Self::reattach(machine);
+        let uri = json!({ "uri": format!("tcp:{}", settings.to) });
+        machine.order("migrate", uri).await.map_err(step("the beginning itself"))?;
+        Ok(outgoing)
     }
 
     /// Takes up a migration that was begun before the agent was restarted.
     #[must_use]
     pub fn reattach(machine: &Machine) -> Self {
-        Self { machine: machine.clone() }
+        Self { machine: machine.clone(), events: machine.events(), stopped_at: None }
+    }
+
+    /// When the vCPUs stopped, if they have and the event was seen.
+    #[must_use]
+    pub fn stopped_at(&self) -> Option<Timestamp> {
+        self.stopped_at
     }
 
     /// The figures of this moment.
@@ -140,50 +229,184 @@ impl Outgoing {
         Statistics::query(self.machine.qmp()).await.map_err(OutgoingError::Query)
     }
 
-    /// Waits until the guest is stopped at pre-switchover, telling the progress on the way. Takes
-    /// as long as the copying does: the caller bounds it. Cancellation safe.
+    /// Waits until the guest is stopped at pre-switchover (or is further already, which a restarted
+    /// agent may find), telling the progress on the way. Takes as long as the copying does: the
+    /// caller bounds it. Cancellation safe.
     ///
     /// # Errors
     ///
-    /// [`OutgoingError`].
+    /// [`OutgoingError::Failed`] and `Cancelled` when QEMU says so, `Query` when it can not be
+    /// asked.
     pub async fn wait_pre_switchover(
         &mut self,
         progress: &watch::Sender<Statistics>,
     ) -> Result<Statistics, OutgoingError> {
-        let _ = progress;
-        unimplemented!()
+        loop {
+            let statistics = self.statistics().await?;
+            progress.send_replace(statistics.clone());
+            if !matches!(self.standing(&statistics).await?, Standing::Copying) {
+                self.note_events();
+                return Ok(statistics);
+            }
+            self.wait_status_change(Duration::from_millis(PROGRESS_MILLISECONDS)).await;
+        }
     }
 
-    /// Lets QEMU send the rest, and waits until it says that all has arrived.
+    /// Lets QEMU send the rest, and waits until it says that all has arrived. From pre-switchover,
+    /// or from any later state that a restarted agent finds.
+    ///
+    /// On success the guest is stopped here and QEMU will not let it run by itself any more. On
+    /// `Failed` and `Cancelled` QEMU has decided, and `run_state` tells: a guest that ran when the
+    /// migration began runs again. After `TookTooLong` and `Query` either can still come.
     ///
     /// # Errors
     ///
-    /// [`OutgoingError`].
+    /// [`OutgoingError`], except `Unsupported` and `Prepare`.
     pub async fn continue_to_completed(
         &mut self,
         within: Duration,
     ) -> Result<Completed, OutgoingError> {
-        let _ = within;
-        unimplemented!()
+        let until = Instant::now() + within;
+        let mut told = false;
+        loop {
+            let statistics = self.statistics().await?;
+            match self.standing(&statistics).await? {
+                Standing::Completed => {
+                    self.note_events();
+                    return Ok(Completed { statistics, stopped_at: self.stopped_at });
+                }
+                Standing::PreSwitchover if !told => {
+                    told = true;
+                    self.tell_to_continue().await?;
+                    continue;
+                }
+                Standing::Copying | Standing::PreSwitchover | Standing::Finishing => {}
+            }
+            if Instant::now() >= until {
+                return Err(OutgoingError::TookTooLong { what: "the last stage", after: within });
+            }
+            self.wait_status_change(Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS)).await;
+        }
     }
 
-    /// Cancels, and waits until it is over.
+    async fn tell_to_continue(&self) -> Result<(), OutgoingError> {
+        let state = json!({ "state": "pre-switchover" });
+        match self.machine.order("migrate-continue", state).await {
+            // The state changed meanwhile; the next question tells to what.
+            Err(error) if error.is_refusal() => {
+                tracing::debug!(%error, "migrate-continue came at another state");
+                Ok(())
+            }
+            other => other.map_err(OutgoingError::Query),
+        }
+    }
+
+    /// Cancels, and waits until it is over. May be called at any time and again, also when there
+    /// is no migration.
     ///
     /// # Errors
     ///
-    /// [`OutgoingError::Query`], [`OutgoingError::TookTooLong`].
-    pub async fn cancel(&self, within: Duration) -> Result<Cancelled, OutgoingError> {
-        let _ = within;
-        unimplemented!()
+    /// [`OutgoingError::Query`], [`OutgoingError::TookTooLong`]: ask again.
+    pub async fn cancel(&mut self, within: Duration) -> Result<Cancelled, OutgoingError> {
+        let until = Instant::now() + within;
+        match self.machine.order("migrate_cancel", Value::Null).await {
+            // Without an answer it may have been heard: the status tells.
+            Ok(()) | Err(QmpError::TimedOut { .. }) => {}
+            Err(error) => return Err(OutgoingError::Query(error)),
+        }
+        loop {
+            match self.statistics().await?.status {
+                MigrationStatus::Completed => return Ok(Cancelled::AlreadyCompleted),
+                MigrationStatus::Cancelled | MigrationStatus::Failed | MigrationStatus::None => {
+                    let run_state = self.settled_run_state().await?;
+                    return Ok(Cancelled::Stopped { run_state });
+                }
+                _ if Instant::now() >= until => {
+                    return Err(OutgoingError::TookTooLong { what: "a cancel", after: within });
+                }
+                _ => {
+                    let pause = Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS);
+                    self.wait_status_change(pause).await;
+                }
+            }
+        }
+    }
+
+    async fn standing(&self, statistics: &Statistics) -> Result<Standing, OutgoingError> {
+        match &statistics.status {
+            MigrationStatus::PreSwitchover => Ok(Standing::PreSwitchover),
+            MigrationStatus::Device => Ok(Standing::Finishing),
+            MigrationStatus::Completed => Ok(Standing::Completed),
+            MigrationStatus::Failed => Err(OutgoingError::Failed {
+                reason: statistics.error_desc.clone(),
+                run_state: self.settled_run_state().await?,
+            }),
+            MigrationStatus::Cancelled => {
+                Err(OutgoingError::Cancelled { run_state: self.settled_run_state().await? })
+            }
+            MigrationStatus::None => Err(OutgoingError::Failed {
+                reason: Some("no migration is under way".to_owned()),
+                run_state: self.settled_run_state().await?,
+            }),
+            _ => Ok(Standing::Copying),
+        }
+    }
+
+    /// The run state once QEMU has decided on it: the status `failed` comes before the guest is
+    /// let run again. After a bounded wait, whatever it is then.
+    async fn settled_run_state(&self) -> Result<RunState, OutgoingError> {
+        let until = Instant::now() + Duration::from_secs(SETTLE_SECONDS);
+        loop {
+            let run_state = self.machine.status().await.map_err(OutgoingError::Query)?.run_state;
+            if run_state != RunState::FinishMigrate || Instant::now() >= until {
+                return Ok(run_state);
+            }
+            tokio::time::sleep(Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS)).await;
+        }
+    }
+
+    /// Waits for a change of the status, or until it is time to ask anyway.
+    async fn wait_status_change(&mut self, at_most: Duration) {
+        let until = Instant::now() + at_most;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let Some(event) = next_change(&mut self.events, left).await else { return };
+            let is_status = matches!(event.kind, EventKind::Migration { .. });
+            self.note(&event.kind, event.at);
+            if is_status {
+                return;
+            }
+        }
+    }
+
+    /// Takes note of the events that are there already.
+    fn note_events(&mut self) {
+        while let Ok(Some(event)) = self.events.try_next() {
+            self.note(&event.kind, event.at);
+        }
+    }
+
+    fn note(&mut self, kind: &EventKind, at: Timestamp) {
+        match kind {
+            EventKind::Stop => self.stopped_at = Some(at),
+            EventKind::Resume => self.stopped_at = None,
+            _ => {}
+        }
     }
 }
 
-/// Takes back what [`Outgoing::start`] set, after a migration that is over.
+/// Takes back what [`Outgoing::start`] set, after a migration that is over, so that nothing of it
+/// is left. Refused by QEMU while one is under way.
 ///
 /// # Errors
 ///
 /// [`OutgoingError::Prepare`].
 pub async fn reset(machine: &Machine) -> Result<(), OutgoingError> {
-    let _ = machine;
-    unimplemented!()
+    let step = |step| move |source| OutgoingError::Prepare { step, source };
+    let capabilities =
+        ["events", "return-path", "pause-before-switchover", "validate-uuid", "multifd"];
+    let off = capabilities.map(|name| (name, false));
+    set_capabilities(machine, &off).await.map_err(step("capabilities of the last try"))?;
+    set_parameters(machine, tls::none()).await.map_err(step("parameters of the last try"))?;
+    tls::remove(machine).await.map_err(step("TLS credentials of the last try"))
 }
