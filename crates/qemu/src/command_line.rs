@@ -5,9 +5,9 @@
 //! defaults of a QEMU version. Text from outside goes into JSON values or is checked, so that a
 //! `,` or `=` in a path can not add an option. Nothing here touches a file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -16,6 +16,8 @@ use crate::engine::Accelerator;
 
 /// The id of the guest's memory, which is the name of its block in the migration stream.
 const MEMORY_ID: &str = "ram0";
+
+const BYTES_PER_MEBIBYTE: u64 = 1024 * 1024;
 
 /// The address of the random number device.
 const RNG_SLOT: u8 = 0x02;
@@ -208,7 +210,240 @@ pub enum SpecError {
 ///
 /// [`SpecError`] for a shape that can not be expressed.
 pub fn arguments(spec: &VmSpec) -> Result<Vec<OsString>, SpecError> {
-    let _ = (spec, MEMORY_ID, RNG_SLOT, NIC_FIRST_SLOT, DISK_FIRST_SLOT);
-    let _: Value = json!(null);
-    unimplemented!()
+    check(spec)?;
+    let mut arguments = Arguments::default();
+    machine(&mut arguments, spec)?;
+    boot(&mut arguments, &spec.boot)?;
+    for (index, disk) in spec.disks.iter().enumerate() {
+        add_disk(&mut arguments, spec, index, disk)?;
+    }
+    for (index, nic) in spec.nics.iter().enumerate() {
+        add_nic(&mut arguments, spec, index, nic);
+    }
+    let rng = json!({ "qom-type": "rng-random", "id": "rng0", "filename": "/dev/urandom" });
+    arguments.pair("-object", rng.to_string());
+    let device = json!({
+        "driver": "virtio-rng-pci", "id": "rng-device", "rng": "rng0",
+        "bus": pci_bus(spec), "addr": address(RNG_SLOT, 0),
+    });
+    arguments.pair("-device", device.to_string());
+    sockets(&mut arguments, spec)?;
+    if spec.incoming {
+        arguments.pair("-incoming", "defer");
+    }
+    Ok(arguments.list)
 }
+
+/// What QEMU may not do once it runs: it starts no program, gains no right, frees no limit.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+#[derive(Default)]
+struct Arguments {
+    list: Vec<OsString>,
+}
+
+impl Arguments {
+    fn flag(&mut self, flag: &str) {
+        self.list.push(flag.into());
+    }
+
+    fn pair(&mut self, option: &str, value: impl Into<OsString>) {
+        self.list.push(option.into());
+        self.list.push(value.into());
+    }
+}
+
+/// The machine itself: what it is made of, and how QEMU behaves around it.
+fn machine(arguments: &mut Arguments, spec: &VmSpec) -> Result<(), SpecError> {
+    arguments.pair("-name", format!("guest={}", escaped(&spec.name)));
+    arguments.pair("-uuid", spec.uuid.to_string());
+    for flag in ["-nodefaults", "-no-user-config", "-S", "-no-shutdown"] {
+        arguments.flag(flag);
+    }
+    arguments.pair("-display", "none");
+    arguments.pair("-msg", "timestamp=on");
+    arguments.pair("-sandbox", SANDBOX);
+
+    let mut machine =
+        format!("{},memory-backend={MEMORY_ID},dump-guest-core=off", spec.machine_type);
+    if let Boot::Ovmf { .. } = spec.boot {
+        machine.push_str(",pflash0=firmware-code,pflash1=firmware-variables");
+    }
+    arguments.pair("-machine", machine);
+    let accelerator = match spec.accelerator {
+        Accelerator::Kvm => "kvm",
+        Accelerator::Tcg => "tcg,thread=multi",
+    };
+    arguments.pair("-accel", accelerator);
+    let mut cpu = spec.cpu.model.clone();
+    for (feature, on) in &spec.cpu.features {
+        cpu.push_str(&format!(",{feature}={}", if *on { "on" } else { "off" }));
+    }
+    arguments.pair("-cpu", cpu);
+    arguments.pair("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", spec.vcpus));
+    arguments.pair("-m", format!("size={}M", spec.memory_bytes / BYTES_PER_MEBIBYTE));
+    let memory =
+        json!({ "qom-type": "memory-backend-ram", "id": MEMORY_ID, "size": spec.memory_bytes });
+    arguments.pair("-object", memory.to_string());
+    arguments.pair("-rtc", "base=utc");
+    Ok(())
+}
+
+fn boot(arguments: &mut Arguments, boot: &Boot) -> Result<(), SpecError> {
+    match boot {
+        Boot::SeaBios => arguments.pair("-boot", "strict=on"),
+        Boot::Kernel { kernel, initrd, command_line } => {
+            arguments.pair("-kernel", kernel);
+            if let Some(initrd) = initrd {
+                arguments.pair("-initrd", initrd);
+            }
+            arguments.pair("-append", command_line);
+        }
+        Boot::Ovmf { code, variables } => {
+            arguments.pair("-boot", "strict=on");
+            let code = file_node("firmware-code", code, true)?;
+            let variables = file_node("firmware-variables", variables, false)?;
+            arguments.pair("-blockdev", code.to_string());
+            arguments.pair("-blockdev", variables.to_string());
+        }
+    }
+    Ok(())
+}
+
+/// A raw image on a file, for flash.
+fn file_node(node: &str, path: &Path, read_only: bool) -> Result<Value, SpecError> {
+    Ok(json!({
+        "driver": "raw", "node-name": node, "read-only": read_only,
+        "file": { "driver": "file", "filename": utf8(path)?, "read-only": read_only },
+    }))
+}
+
+fn add_disk(
+    arguments: &mut Arguments,
+    spec: &VmSpec,
+    index: usize,
+    disk: &DiskSpec,
+) -> Result<(), SpecError> {
+    let direct = disk.cache == Cache::None;
+    let cache = json!({ "direct": direct, "no-flush": false });
+    let node = json!({
+        "driver": disk.format.as_wire(), "node-name": disk.node,
+        "read-only": disk.read_only, "cache": cache, "discard": "unmap",
+        "file": {
+            "driver": "file", "node-name": format!("{}-file", disk.node),
+            "filename": utf8(&disk.path)?, "aio": "threads",
+            "read-only": disk.read_only, "cache": cache, "discard": "unmap",
+        },
+    });
+    arguments.pair("-blockdev", node.to_string());
+    let mut device = json!({
+        "driver": "virtio-blk-pci", "id": format!("{}-device", disk.node), "drive": disk.node,
+        "bus": pci_bus(spec), "addr": address(DISK_FIRST_SLOT, index), "bootindex": index,
+        "write-cache": "on",
+    });
+    if let Some(serial) = &disk.serial {
+        device["serial"] = json!(serial);
+    }
+    arguments.pair("-device", device.to_string());
+    Ok(())
+}
+
+fn add_nic(arguments: &mut Arguments, spec: &VmSpec, index: usize, nic: &NicSpec) {
+    // The descriptor's number is text here: it may also name one handed over by `getfd`.
+    let back_end = json!({
+        "type": "tap", "id": format!("{}-tap", nic.id), "fd": nic.tap_descriptor.to_string(),
+    });
+    arguments.pair("-netdev", back_end.to_string());
+    // Without a boot ROM: its size differs between QEMU versions, and a guest with another size
+    // of it can not be loaded.
+    let device = json!({
+        "driver": "virtio-net-pci", "id": nic.id, "netdev": format!("{}-tap", nic.id),
+        "mac": nic.mac, "romfile": "",
+        "bus": pci_bus(spec), "addr": address(NIC_FIRST_SLOT, index),
+    });
+    arguments.pair("-device", device.to_string());
+}
+
+/// The console and the monitor. Character devices have no JSON form in 7.2 and 10.0: a comma in
+/// a path is doubled, which is how their options take it.
+fn sockets(arguments: &mut Arguments, spec: &VmSpec) -> Result<(), SpecError> {
+    let console = escaped(utf8(&spec.console.socket)?);
+    let log = escaped(utf8(&spec.console.log)?);
+    arguments.pair(
+        "-chardev",
+        format!("socket,id=console,path={console},server=on,wait=off,logfile={log},logappend=on"),
+    );
+    let serial = json!({ "driver": "isa-serial", "id": "serial0", "chardev": "console" });
+    arguments.pair("-device", serial.to_string());
+    let monitor = escaped(utf8(&spec.qmp_socket)?);
+    arguments.pair("-chardev", format!("socket,id=qmp,path={monitor},server=on,wait=off"));
+    arguments.pair("-mon", "chardev=qmp,mode=control");
+    Ok(())
+}
+
+/// The name of the root bus, which differs between the two families of machine types.
+fn pci_bus(spec: &VmSpec) -> &'static str {
+    if spec.machine_type.contains("q35") { "pcie.0" } else { "pci.0" }
+}
+
+fn address(first: u8, index: usize) -> String {
+    format!("0x{:02x}", usize::from(first) + index)
+}
+
+/// A value as comma-separated options take it.
+fn escaped(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+fn utf8(path: &Path) -> Result<&str, SpecError> {
+    path.to_str().ok_or_else(|| SpecError::PathNotUtf8 { path: path.to_owned() })
+}
+
+fn check(spec: &VmSpec) -> Result<(), SpecError> {
+    word("machine type", &spec.machine_type)?;
+    word("CPU model", &spec.cpu.model)?;
+    for feature in spec.cpu.features.keys() {
+        word("CPU feature", feature)?;
+    }
+    let mib = spec.memory_bytes / BYTES_PER_MEBIBYTE;
+    let whole = spec.memory_bytes.is_multiple_of(BYTES_PER_MEBIBYTE) && mib > 0;
+    bounds("memory in bytes", spec.memory_bytes, whole, "a multiple of 1 MiB above 0")?;
+    bounds("vCPUs", u64::from(spec.vcpus), spec.vcpus > 0, "1 or more")?;
+    let count = |length: usize| u64::try_from(length).unwrap_or(u64::MAX);
+    bounds("disks", count(spec.disks.len()), spec.disks.len() <= DISKS_MAX, "0 to 16")?;
+    bounds("NICs", count(spec.nics.len()), spec.nics.len() <= NICS_MAX, "0 to 8")?;
+
+    let mut ids = BTreeSet::new();
+    let disks = spec.disks.iter().map(|disk| ("disk", &disk.node));
+    for (what, id) in disks.chain(spec.nics.iter().map(|nic| ("NIC", &nic.id))) {
+        word(what, id)?;
+        if !ids.insert(id) {
+            return Err(SpecError::SameId { id: id.clone() });
+        }
+    }
+    for serial in spec.disks.iter().filter_map(|disk| disk.serial.as_ref()) {
+        let fits = serial.len() <= DISK_SERIAL_BYTES_MAX;
+        bounds("bytes of a disk's serial number", count(serial.len()), fits, "0 to 20")?;
+    }
+    Ok(())
+}
+
+fn word(what: &'static str, word: &str) -> Result<(), SpecError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if word.is_empty() || !word.chars().all(allowed) {
+        return Err(SpecError::Word { what, word: word.to_owned() });
+    }
+    Ok(())
+}
+
+fn bounds(
+    what: &'static str,
+    found: u64,
+    within: bool,
+    allowed: &'static str,
+) -> Result<(), SpecError> {
+    if within { Ok(()) } else { Err(SpecError::Bounds { what, found, allowed }) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -3,11 +3,14 @@
 //! Found by starting it without a machine (`-machine none`), asking over QMP, and ending it; that
 //! takes well below a second. Nothing is concluded from the version number.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+mod probe;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::probe::{ProbeError, probe};
 use crate::schema::Features;
 
 /// How vCPUs are run.
@@ -50,7 +53,7 @@ pub struct EngineFacts {
     pub cpu_models: Vec<CpuModel>,
     /// The features that the best possible guest processor (`max`) has here under the
     /// accelerator, by QEMU's names.
-    pub host_cpu_features: BTreeMap<String, bool>,
+    pub host_cpu_features: BTreeSet<String>,
     /// Features of the QMP side.
     pub features: Features,
 }
@@ -85,31 +88,7 @@ pub struct CpuModel {
     pub deprecated: bool,
 }
 
-/// Why an engine's facts are not known.
-#[derive(Debug, thiserror::Error)]
-pub enum ProbeError {
-    /// It can not be run.
-    #[error("can not run {}", binary.display())]
-    Run {
-        /// The program.
-        binary: PathBuf,
-        /// The reason.
-        #[source]
-        source: std::io::Error,
-    },
-}
-
 impl EngineFacts {
-    /// Asks an engine. `forced` overrides the choice of the accelerator.
-    ///
-    /// # Errors
-    ///
-    /// [`ProbeError`]; no process is left.
-    pub async fn probe(binary: &Path, forced: Option<Accelerator>) -> Result<Self, ProbeError> {
-        let _ = (binary, forced);
-        unimplemented!()
-    }
-
     /// The versioned machine type that a name stands for here, so that a VM can be pinned to it;
     /// `None` where there is no such machine type.
     #[must_use]
@@ -123,5 +102,38 @@ impl EngineFacts {
     #[must_use]
     pub fn cpu_model(&self, name: &str) -> Option<&CpuModel> {
         self.cpu_models.iter().find(|model| model.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> EngineFacts {
+        let machine = |name: &str, alias: Option<&str>| MachineType {
+            name: name.to_owned(),
+            alias: alias.map(str::to_owned),
+            is_default: false,
+            deprecated: false,
+            vcpus_max: None,
+        };
+        EngineFacts {
+            binary: "/usr/bin/qemu-system-x86_64".into(),
+            version: (7, 2, 0),
+            package: String::new(),
+            machine_types: vec![machine("pc-q35-7.1", None), machine("pc-q35-7.2", Some("q35"))],
+            accelerator: Accelerator::Tcg,
+            accelerator_reason: String::new(),
+            cpu_models: Vec::new(),
+            host_cpu_features: BTreeSet::new(),
+            features: Features::default(),
+        }
+    }
+
+    #[test]
+    fn an_alias_is_pinned_to_its_version() {
+        assert_eq!(facts().pinned_machine_type("q35"), Some("pc-q35-7.2"));
+        assert_eq!(facts().pinned_machine_type("pc-q35-7.1"), Some("pc-q35-7.1"));
+        assert_eq!(facts().pinned_machine_type("pc-q35-9.9"), None);
     }
 }

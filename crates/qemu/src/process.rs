@@ -35,7 +35,7 @@ const LOG_TAIL_BYTES_MAX: u64 = 16 * 1024;
 const LOG_TAIL_LINES_MAX: usize = 20;
 
 /// Where a script around QEMU finds its tools.
-const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Where the kernel tells which boot this is.
 const BOOT_ID_FILE: &str = "/proc/sys/kernel/random/boot_id";

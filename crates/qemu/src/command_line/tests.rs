@@ -1,0 +1,134 @@
+use std::path::PathBuf;
+
+use super::*;
+
+fn web01() -> VmSpec {
+    VmSpec {
+        name: "web01".to_owned(),
+        uuid: Uuid::from_u128(0x1234),
+        machine_type: "pc-q35-7.2".to_owned(),
+        accelerator: Accelerator::Tcg,
+        cpu: CpuSpec { model: "Nehalem".to_owned(), features: BTreeMap::new() },
+        vcpus: 2,
+        memory_bytes: 1024 * BYTES_PER_MEBIBYTE,
+        boot: Boot::Kernel {
+            kernel: "/srv/vmlinuz".into(),
+            initrd: Some("/srv/initrd,img".into()),
+            command_line: "console=ttyS0 quiet".to_owned(),
+        },
+        disks: vec![DiskSpec {
+            node: "disk0".to_owned(),
+            path: "/srv/web01,format=raw.qcow2".into(),
+            format: DiskFormat::Qcow2,
+            read_only: false,
+            serial: Some("root".to_owned()),
+            cache: Cache::None,
+        }],
+        nics: vec![NicSpec {
+            id: "net0".to_owned(),
+            mac: "52:54:00:00:00:01".to_owned(),
+            tap_descriptor: 30,
+        }],
+        console: ConsoleSpec { socket: "/run/web01/console".into(), log: "/run/web01/log".into() },
+        qmp_socket: "/run/web01/qmp".into(),
+        incoming: false,
+    }
+}
+
+fn lines(spec: &VmSpec) -> String {
+    let arguments = arguments(spec).unwrap();
+    let text = arguments.iter().map(|argument| argument.to_str().unwrap());
+    text.collect::<Vec<_>>().join("\n").replace("\n-", "\n\n-")
+}
+
+#[test]
+fn plain() {
+    insta::assert_snapshot!(lines(&web01()));
+}
+
+#[test]
+fn incoming_differs_by_one_option() {
+    let plain = arguments(&web01()).unwrap();
+    let mut incoming = arguments(&VmSpec { incoming: true, ..web01() }).unwrap();
+    assert_eq!(incoming.split_off(plain.len()), ["-incoming", "defer"]);
+    assert_eq!(incoming, plain);
+}
+
+#[test]
+fn firmware_and_other_bus() {
+    let mut spec = web01();
+    spec.machine_type = "pc-i440fx-7.2".to_owned();
+    spec.accelerator = Accelerator::Kvm;
+    spec.cpu.features =
+        [("aes".to_owned(), false), ("sse4.2".to_owned(), true)].into_iter().collect();
+    spec.boot =
+        Boot::Ovmf { code: "/usr/OVMF_CODE.fd".into(), variables: "/srv/web01_vars.fd".into() };
+    insta::assert_snapshot!(lines(&spec));
+}
+
+#[test]
+fn a_comma_in_a_path_adds_no_option() {
+    let mut spec = web01();
+    spec.qmp_socket = "/run/a,server=off/qmp".into();
+    let text = lines(&spec);
+    assert!(text.contains("path=/run/a,,server=off/qmp,server=on"), "{text}");
+}
+
+#[test]
+fn what_can_not_be_expressed_is_refused() {
+    let refused = |change: fn(&mut VmSpec)| {
+        let mut spec = web01();
+        change(&mut spec);
+        arguments(&spec).unwrap_err()
+    };
+    assert!(matches!(
+        refused(|spec| spec.cpu.model = "max,-sse".to_owned()),
+        SpecError::Word { what: "CPU model", .. }
+    ));
+    assert!(matches!(
+        refused(|spec| spec.machine_type = "q35,usb=on".to_owned()),
+        SpecError::Word { what: "machine type", .. }
+    ));
+    assert!(matches!(refused(|spec| spec.memory_bytes += 1), SpecError::Bounds { .. }));
+    assert!(matches!(refused(|spec| spec.memory_bytes = 0), SpecError::Bounds { .. }));
+    assert!(matches!(refused(|spec| spec.vcpus = 0), SpecError::Bounds { .. }));
+    assert!(matches!(
+        refused(|spec| spec.nics[0].id = "disk0".to_owned()),
+        SpecError::SameId { .. }
+    ));
+    assert!(matches!(
+        refused(|spec| spec.nics = vec![spec.nics[0].clone(); NICS_MAX + 1]),
+        SpecError::Bounds { what: "NICs", found: 9, .. }
+    ));
+    assert!(matches!(
+        refused(|spec| spec.disks[0].serial = Some("x".repeat(DISK_SERIAL_BYTES_MAX + 1))),
+        SpecError::Bounds { .. }
+    ));
+    assert!(matches!(
+        refused(|spec| {
+            use std::os::unix::ffi::OsStringExt;
+            spec.disks[0].path = PathBuf::from(OsString::from_vec(vec![0xff]));
+        }),
+        SpecError::PathNotUtf8 { .. }
+    ));
+}
+
+#[test]
+fn most_devices_fit_their_addresses() {
+    let mut spec = web01();
+    let disk = spec.disks[0].clone();
+    spec.disks = (0..DISKS_MAX)
+        .map(|index| DiskSpec { node: format!("disk{index}"), ..disk.clone() })
+        .collect();
+    let nic = spec.nics[0].clone();
+    spec.nics =
+        (0..NICS_MAX).map(|index| NicSpec { id: format!("net{index}"), ..nic.clone() }).collect();
+    let text = lines(&spec);
+    let addresses = text.lines().filter_map(|line| line.split_once("\"addr\":\"0x"));
+    let mut slots: Vec<&str> = addresses.map(|(_, rest)| &rest[..2]).collect();
+    slots.sort_unstable();
+    let distinct = slots.len();
+    slots.dedup();
+    assert_eq!((slots.len(), distinct), (DISKS_MAX + NICS_MAX + 1, DISKS_MAX + NICS_MAX + 1));
+    assert!(slots.first() > Some(&"01") && slots.last() < Some(&"1f"), "{slots:?}");
+}
