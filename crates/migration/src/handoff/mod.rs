@@ -79,10 +79,18 @@
 //!
 //! # What a driver does
 //! One loop per migration and host, which alone calls `step`:
-//!
-//! 1. Take the next input; call `step`; carry out the returned actions **one after the other, in
-//!    order**. An action with an answer (table below) is awaited, and its answer is stepped, with
-//!    all that follows from it, *before* the next input of another kind is taken.
+//! ```text
+//!   loop {
+//!       queue.extend(machine.step(next input));
+//!       while let Some(action) = queue.pop_front() {
+//!           if let Some(answer) = carry_out(action) { queue.extend(machine.step(answer)); }
+//!       }
+//!   }
+//! ```
+//! 1. Actions are carried out **one after the other, in order**. An action with an answer (table
+//!    below) is awaited, and the answer stepped, before the next action. The next input of another
+//!    kind is taken when the queue is empty. While a machine of a VM lives on this host, no other
+//!    begins for that VM ([`NotAdmitted::Migrating`]).
 //! 2. The machine is finished when `is_finished()`; messages that come later go to [`answer`].
 //! 3. `Tick` comes every [`RESEND_INTERVAL_MS`], `Overdue` once, [`UNRESOLVED_AFTER_MS`] after the
 //!    release (by the monotonic clock; nothing depends on when exactly).
@@ -98,10 +106,10 @@
 //! | `StopCopy` (A) | cancels QEMU's migration if one is active and waits for its end; no-op otherwise | – |
 //! | `ResumeGuest` (A) | `cont` unless the guest runs already; tries again until it works or QEMU is gone | – |
 //! | `QuitSource` (A) | ends the source's QEMU, quit then kill; disks stay | – |
-//! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`; reports `Loaded` when the incoming migration is `completed` and the guest stopped; any failure is `Abandon` | – |
+//! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`, after any older one of this VM is gone; reports `Loaded` when the incoming migration is `completed` and the guest stopped; any failure is `Abandon` | – |
 //! | `CloseListeners` (B) | stops the NBD server, checks that nothing listens for this VM any more | `ListenersClosed` or `CloseFailed` |
 //! | `ContinueGuest` (B) | `cont` | `Continued`; `ContinueFailed` **only** if QEMU answered with an error and says that it is not running; no answer at all: `QemuGone` when it is gone |
-//! | `KillTarget` (B) | SIGKILL to B's QEMU | `QemuGone`, whenever it is gone (also when there is none) |
+//! | `KillTarget` (B) | SIGKILL to B's QEMU; does not wait | `QemuGone`, whenever it is gone (at once when there is none) |
 //! | `Announce` (B) | tells the network where the guest is now | – |
 //! | `AcceptCancel`, `RefuseCancel` | answers whoever gave `Cancel` | – |
 //! | `RaiseUnresolved` | reports `Outcome::Unresolved` with the peer to ask, and raises it to the operator; a `Settle` may follow | – |

@@ -158,15 +158,16 @@ pub enum NotAdmitted {
 }
 
 /// May this host, with this current record of the VM, begin to move it away? The claim to make, if
-/// so.
+/// so. `spent` is whether its ledger has any record of the migration.
 pub(super) fn admit_source(
     current: &Ownership,
+    spent: bool,
     migration: MigrationId,
 ) -> Result<Claim, NotAdmitted> {
+    if spent {
+        return Err(NotAdmitted::Spent(migration));
+    }
     match &current.standing {
-        Standing::Owned if current.migration == Some(migration) => {
-            Err(NotAdmitted::Spent(migration))
-        }
         Standing::Owned => Ok(Claim { vm: current.vm, migration, epoch: current.epoch.next() }),
         Standing::Leaving { .. } => Err(migrating(current)),
         Standing::Released { to } => Err(NotAdmitted::InDoubt { ask: to.clone() }),

@@ -82,16 +82,18 @@ const NEVER_PREPARED: &str = "the destination does not know this migration";
 const CANCELLED: &str = "cancelled";
 
 impl Source {
-    /// Begins to move a VM away from this host. `current` is this host's current record.
+    /// Begins to move a VM away from this host. `current` is this host's current record of the VM,
+    /// `spent` whether its ledger has any record of the migration.
     ///
     /// # Errors
     /// Refuses if the VM is not this host's, or not free. Nothing was begun then.
     pub fn begin(
         current: &Ownership,
+        spent: bool,
         migration: MigrationId,
         to: Name,
     ) -> Result<(Self, Vec<Action>), NotAdmitted> {
-        let claim = admit_source(current, migration)?;
+        let claim = admit_source(current, spent, migration)?;
         let leaving = Standing::Leaving { to: to.clone() };
         let actions = vec![Action::Persist(Ownership::of(claim, current.intent, leaving))];
         let state = State::Recording;

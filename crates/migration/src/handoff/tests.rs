@@ -27,7 +27,7 @@ fn destination_message(destination: &Destination, body: Body) -> DestinationInpu
 /// A migration whose source has just become `InDoubt` and whose destination is ready.
 fn released() -> Pair {
     let (owned, migration) = claim();
-    let (mut source, actions) = Source::begin(&owned, migration, name("host-b")).unwrap();
+    let (mut source, actions) = Source::begin(&owned, false, migration, name("host-b")).unwrap();
     assert!(matches!(&actions[..], [Action::Persist(r)] if r.may_run()));
     assert_eq!(source.step(SourceInput::Persisted), [Action::BeginCopy]);
     let (mut destination, _) =
@@ -70,7 +70,7 @@ fn the_normal_run() {
 #[test]
 fn cancel_is_accepted_before_the_release_and_refused_after() {
     let (owned, migration) = claim();
-    let (mut source, _) = Source::begin(&owned, migration, name("host-b")).unwrap();
+    let (mut source, _) = Source::begin(&owned, false, migration, name("host-b")).unwrap();
     source.step(SourceInput::Persisted);
     let actions = source.step(SourceInput::Cancel);
     assert_eq!(actions[..3], [Action::AcceptCancel, Action::StopCopy, Action::ResumeGuest]);
