@@ -11,6 +11,7 @@
 //! | `POST /v1/storages/{name}/token` | controller | writes a token → [`SharedToken`] |
 //! | `POST /v1/storages/{name}/seen` | controller | [`SharedToken`] → [`TokenSeen`] |
 //! | `GET /v1/vms`, `GET /v1/vms/{id}` | controller | [`VmReport`] |
+//! | `GET /v1/vms/{id}/mobility` | controller | [`Mobility`] |
 //! | `PUT /v1/vms/{id}` | controller | [`crate::vm::VmDefinition`] → [`VmReport`]; creates the disks |
 //! | `POST /v1/vms/{id}/start`, `stop`, `pause`, `resume` | controller | → [`VmReport`] |
 //! | `DELETE /v1/vms/{id}` | controller | with its disks |
@@ -28,6 +29,7 @@
 //! | `POST /v1/outgoing/{migration}/handoff` | controller | a relayed answer, [`Handoff`] → [`OutgoingReport`] |
 //! | `DELETE /v1/outgoing/{migration}` | controller | retire: the record has moved, forget the VM |
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
@@ -58,6 +60,10 @@ pub struct HostReport {
     pub memory_available_bytes: u64,
     /// The QEMUs there, the first being the one for new VMs.
     pub engines: Vec<EngineReport>,
+    /// Features that a guest can be given here, by QEMU's names: those of the `max` model under the first engine's
+    /// accelerator.
+    #[serde(default)]
+    pub cpu_features: BTreeSet<String>,
     /// Networks whose bridge is there.
     pub networks: Vec<Name>,
     /// Storages that are there.
@@ -125,6 +131,20 @@ pub struct VmReport {
     /// What runs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<RunningEngine>,
+}
+
+/// What of a VM matters to whoever wants to move it: asked for in preflight, from the running QEMU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mobility {
+    /// The VM.
+    #[serde(flatten)]
+    pub vm: VmReport,
+    /// The features that its guest sees, by QEMU's names; empty while it has no QEMU.
+    #[serde(default)]
+    pub cpu_features: BTreeSet<String>,
+    /// QEMU's own reasons why it cannot be migrated as it is (`query-migrate`, `blocked-reasons`), device names included.
+    #[serde(default)]
+    pub blockers: Vec<String>,
 }
 
 /// Asks the destination to listen on a migration port for a moment, so that the source can try the way before anything

@@ -10,8 +10,8 @@ use super::{Caller, Console, EventStream, Target};
 use crate::ApiError;
 use crate::agent::{
     Handoff, HostReport, IncomingOffer, IncomingReport, IncomingRequest, KnockAddress,
-    KnockConnect, KnockListen, OutgoingReport, OutgoingRequest, Reach, SharedToken, StorageReport,
-    TokenSeen, VmReport,
+    KnockConnect, KnockListen, Mobility, OutgoingReport, OutgoingRequest, Reach, SharedToken,
+    StorageReport, TokenSeen, VmReport,
 };
 use crate::pool::{Network, Storage};
 use crate::vm::{StopRequest, VmAction, VmDefinition};
@@ -83,6 +83,11 @@ impl AgentClient {
     /// One VM.
     pub async fn vm(&self, id: VmId) -> Result<VmReport, ApiError> {
         self.0.get(&format!("/vms/{id}")).await
+    }
+
+    /// What matters to whoever wants to move the VM.
+    pub async fn mobility(&self, id: VmId) -> Result<Mobility, ApiError> {
+        self.0.get(&format!("/vms/{id}/mobility")).await
     }
 
     /// Creates a VM with its disks; the answer has the machine type pinned.
