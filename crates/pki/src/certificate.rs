@@ -60,7 +60,7 @@ impl Certificate {
             return Err(CertificateError::TooLong(der.len()));
         }
         let (not_before_unix, not_after_unix) = match X509Certificate::from_der(&der) {
-            Ok((rest, parsed)) if rest.is_empty() => {
+            Ok(([], parsed)) => {
                 let validity = parsed.validity();
                 (validity.not_before.timestamp(), validity.not_after.timestamp())
             }

@@ -106,12 +106,11 @@ impl Peer {
         if dns_name == CONTROLLER_DNS_NAME {
             return Ok(Self::Controller);
         }
-        let kinds: [(&str, fn(String) -> Self); 3] = [
-            (AGENT_SUFFIX, Self::Agent),
+        for (suffix, peer) in [
+            (AGENT_SUFFIX, Self::Agent as fn(String) -> Self),
             (QEMU_SUFFIX, Self::Qemu),
             (OPERATOR_SUFFIX, Self::Operator),
-        ];
-        for (suffix, peer) in kinds {
+        ] {
             if let Some(name) = dns_name.strip_suffix(suffix) {
                 check_name(name).map_err(|_| unknown())?;
                 return Ok(peer(name.to_owned()));
