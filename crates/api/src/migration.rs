@@ -109,6 +109,8 @@ pub struct Migration {
     pub destination: Name,
     /// The epoch that the destination takes.
     pub epoch: Epoch,
+    /// The guest's memory in bytes.
+    pub memory_bytes: u64,
     /// How.
     pub options: MigrateOptions,
     /// The phase that it is in, or ended in.
