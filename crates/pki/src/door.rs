@@ -57,7 +57,7 @@ pub const MAX_HEAD_BYTES: usize = 64 * 1024;
 pub const DRAIN_DEADLINE_SECONDS: u64 = 5;
 
 /// How long a refused client may take to read why, in seconds.
-const LINGER_SECONDS: u64 = 1;
+const LINGER_SECONDS: u64 = 3;
 /// Most bytes of a refused client that are read and thrown away meanwhile.
 const LINGER_BYTES: u64 = 64 * 1024;
 /// Pause after `accept` failed for want of descriptors or memory, in milliseconds.

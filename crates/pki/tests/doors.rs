@@ -1,4 +1,5 @@
 //! The door over loopback, called by the HTTP client that the product uses.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 mod pool;
 
@@ -39,7 +40,7 @@ fn http(own: &Credentials, address: SocketAddr) -> reqwest::Client {
         .tls_backend_preconfigured(tls::client_config(own).unwrap())
         .resolve(NAME, address)
         .no_proxy()
-        .timeout(PATIENCE)
+        .timeout(PATIENCE * 4)
         .build()
         .unwrap()
 }
@@ -142,6 +143,27 @@ async fn the_http_client_learns_why_it_was_refused() {
             assert_eq!(explain(&error), Some(expected.clone()), "{error:?}");
         }
     }
+}
+
+#[tokio::test]
+async fn a_refused_client_that_is_still_sending_can_read_why() {
+    let pool = Authority::create().unwrap();
+    let door = agent_door(&pool, whoami(), Limits::default()).await;
+    let own = expired(&pool, Role::Operator("ann"), 2);
+    let config = Arc::new(tls::client_config(&own).unwrap());
+    let mut stream = connect(&Endpoint::Tcp(door.address()), NAME, config).await.unwrap();
+    stream.write_all(&[b'x'; 1024]).await.unwrap();
+    stream.flush().await.unwrap();
+    // By now the door has refused; had it closed with our bytes unread, the next write would fail.
+    sleep(Duration::from_millis(200)).await;
+    for _ in 0..3 {
+        stream.write_all(&[b'x'; 1024]).await.unwrap();
+        stream.flush().await.unwrap();
+        sleep(Duration::from_millis(20)).await;
+    }
+    let error = stream.read_u8().await.unwrap_err();
+    let expected = TlsTrouble::Expired { whose: Whose::Ours, days: None };
+    assert_eq!(explain(&error), Some(expected));
 }
 
 #[tokio::test]
