@@ -187,6 +187,20 @@ pub enum EndError {
     },
 }
 
+impl ProcessIdentity {
+    /// The identity of whatever runs under a process id now.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` when nothing does.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let malformed = || io::Error::other(format!("/proc/{pid}/stat has no start time"));
+        let start_time_ticks = start_time_ticks(&stat).ok_or_else(malformed)?;
+        Ok(Self { pid, start_time_ticks, boot_id: boot_id()? })
+    }
+}
+
 impl Process {
     /// Starts a process. Must be called within a tokio runtime, whose tasks watch for (and reap)
     /// the end.
@@ -230,7 +244,7 @@ impl Process {
 
     fn watch_child(pid: u32, log: PathBuf) -> io::Result<Self> {
         let pidfd = open_pidfd(pid)?;
-        let identity = identity_of(pid)?;
+        let identity = ProcessIdentity::of(pid)?;
         Self::watch(identity, log, pidfd)
     }
 
@@ -250,7 +264,7 @@ impl Process {
             code == Some(rustix::io::Errno::SRCH) || error.kind() == io::ErrorKind::NotFound
         };
         // The descriptor first: after it, a matching start time speaks of the same process.
-        let looked = open_pidfd(pid).and_then(|pidfd| Ok((pidfd, identity_of(pid)?)));
+        let looked = open_pidfd(pid).and_then(|pidfd| Ok((pidfd, ProcessIdentity::of(pid)?)));
         match looked {
             Ok((pidfd, found)) if found == *identity => {
                 Self::watch(found, log.to_owned(), pidfd).map_err(watch_error)
@@ -355,13 +369,6 @@ fn boot_id() -> io::Result<String> {
     Ok(std::fs::read_to_string(BOOT_ID_FILE)?.trim().to_owned())
 }
 
-fn identity_of(pid: u32) -> io::Result<ProcessIdentity> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let malformed = || io::Error::other(format!("/proc/{pid}/stat has no start time"));
-    let start_time_ticks = start_time_ticks(&stat).ok_or_else(malformed)?;
-    Ok(ProcessIdentity { pid, start_time_ticks, boot_id: boot_id()? })
-}
-
 /// The start time in `/proc/PID/stat`. The name in brackets may contain anything, brackets too.
 fn start_time_ticks(stat: &str) -> Option<u64> {
     let (_, after_name) = stat.rsplit_once(')')?;
@@ -394,3 +401,6 @@ fn log_tail(path: &Path) -> io::Result<Vec<String>> {
     lines.reverse();
     Ok(lines)
 }
+
+#[cfg(test)]
+mod tests;

@@ -213,3 +213,6 @@ async fn reach(
         tokio::time::sleep(Duration::from_millis(CONNECT_RETRY_MILLISECONDS)).await;
     }
 }
+
+#[cfg(test)]
+mod tests;

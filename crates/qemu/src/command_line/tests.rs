@@ -35,10 +35,27 @@ fn web01() -> VmSpec {
     }
 }
 
+/// One argument a line, an empty line before each option, JSON with sorted keys (their order is
+/// that of the build's serde_json features, and means nothing to QEMU).
 fn lines(spec: &VmSpec) -> String {
     let arguments = arguments(spec).unwrap();
-    let text = arguments.iter().map(|argument| argument.to_str().unwrap());
+    let text = arguments.iter().map(|argument| {
+        let argument = argument.to_str().unwrap();
+        serde_json::from_str(argument)
+            .map_or(argument.to_owned(), |value| sorted(value).to_string())
+    });
     text.collect::<Vec<_>>().join("\n").replace("\n-", "\n\n-")
+}
+
+fn sorted(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let ordered: BTreeMap<String, Value> =
+                map.into_iter().map(|(key, value)| (key, sorted(value))).collect();
+            ordered.into_iter().collect()
+        }
+        other => other,
+    }
 }
 
 #[test]
