@@ -226,7 +226,8 @@ impl Authority {
         params.subject_alt_names =
             vec![SanType::DnsName(name.try_into().map_err(AuthorityError::Sign)?)];
         params.is_ca = IsCa::ExplicitNoCa;
-        // QEMU (seen on 7.2 and 10.0) refuses credentials whose key usage lacks either of these.
+        // QEMU 10.0.2 refuses credentials without keyEncipherment, though an ECDSA key enciphers
+        // nothing; 7.2.22 takes them either way.
         params.key_usages =
             vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
         params.extended_key_usages = vec![role.usage()];

@@ -75,6 +75,10 @@ pub fn write_qemu_credentials(
     gid: u32,
 ) -> Result<(), QemuCredentialsError> {
     let failed = |source| QemuCredentialsError::Write { folder: folder.to_owned(), source };
+    // To chown(2) this value means "leave the owner": the key would silently stay root's.
+    if uid == u32::MAX || gid == u32::MAX {
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "no such user or group")));
+    }
     if folder.symlink_metadata().is_ok() {
         return Err(QemuCredentialsError::Exists { folder: folder.to_owned() });
     }

@@ -72,6 +72,13 @@ impl fmt::Debug for Secret {
 }
 
 impl Secret {
+    /// A new secret: 256 bits from the system. For join tokens, and for whoever else needs a ticket that cannot be guessed.
+    pub fn generate() -> Result<Self, TokenError> {
+        let mut bytes = [0; SECRET_BYTES];
+        aws_lc_rs::rand::fill(&mut bytes).map_err(|_| TokenError::Random)?;
+        Ok(Self(bytes))
+    }
+
     /// The secret as text, for the join request.
     pub fn to_text(&self) -> String {
         URL_SAFE_NO_PAD.encode(self.0)
@@ -135,9 +142,7 @@ impl JoinToken {
     /// Makes a token with a new secret. `addresses` are the controller's, `host:port` each.
     pub fn create(addresses: Vec<String>, authority: Fingerprint) -> Result<Self, TokenError> {
         check_addresses(&addresses)?;
-        let mut secret = [0; SECRET_BYTES];
-        aws_lc_rs::rand::fill(&mut secret).map_err(|_| TokenError::Random)?;
-        Ok(Self { addresses, authority, secret: Secret(secret) })
+        Ok(Self { addresses, authority, secret: Secret::generate()? })
     }
 
     /// Where the controller is: `host:port` each, to be tried in turn.

@@ -279,6 +279,22 @@ async fn a_slow_request_head_is_cut_off() {
 }
 
 #[tokio::test]
+async fn a_slow_answer_is_not_a_slow_request() {
+    let pool = Authority::create().unwrap();
+    let limits = Limits { head: Duration::from_millis(100), ..Limits::default() };
+    let slow = get(|| async {
+        sleep(Duration::from_millis(400)).await;
+        "at last"
+    });
+    let door = agent_door(&pool, Router::new().route("/whoami", slow), limits).await;
+    let client = http(&credentials(&pool, Role::ControllerClient), door.address());
+    // Twice, over one connection: the second head is awaited from the first answer on.
+    for _ in 0..2 {
+        assert_eq!(ask(&client, door.port).await.unwrap(), "at last");
+    }
+}
+
+#[tokio::test]
 async fn a_websocket_goes_through_and_counts_as_a_connection() {
     let pool = Authority::create().unwrap();
     let echo = whoami().route(
@@ -300,14 +316,12 @@ async fn a_websocket_goes_through_and_counts_as_a_connection() {
     let stream = connect(&Endpoint::Tcp(door.address()), NAME, config).await.unwrap();
     let (mut socket, _) =
         tokio_tungstenite::client_async(format!("wss://{NAME}/echo"), stream).await.unwrap();
-    let (sent, heard) = tokio_socket_round(&mut socket).await;
+    let (sent, heard) = one_echo(&mut socket).await;
     assert_eq!(sent, heard);
     assert!(ask(&http(&own, door.address()), door.port).await.is_err());
 }
 
-async fn tokio_socket_round<S>(
-    socket: &mut tokio_tungstenite::WebSocketStream<S>,
-) -> (String, String)
+async fn one_echo<S>(socket: &mut tokio_tungstenite::WebSocketStream<S>) -> (String, String)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {

@@ -202,6 +202,7 @@ fn a_failed_layout_leaves_nothing() {
     // A name that fits, but not while it is being built beside its place.
     let long = folder.path().join("x".repeat(253));
     assert!(write(&long, 65_534).is_err());
+    assert!(write(&folder.path().join("tls"), u32::MAX).is_err());
     assert!(listing(folder.path()).is_empty());
 }
 
