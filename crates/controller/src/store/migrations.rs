@@ -1,0 +1,215 @@
+//! Migrations: one record each, and the steps that were begun.
+//!
+//! A record is *active* until the VM is certainly on one side ([`is_active`]); an index lets no VM have two active ones. The
+//! flow that writes these records is [`crate::migrate`].
+
+use jiff::Timestamp;
+use rusqlite::{OptionalExtension, Transaction, params};
+use whimbrel_api::migration::{Migration, MigrationState};
+use whimbrel_api::{ApiError, ErrorCode, MigrationId, VmId};
+
+use super::{Fault, Store, StoreError};
+
+/// Most migrations in a list: the newest ones. About 2 KiB each, well below the limit of an answer.
+const LISTED_MAX: u32 = 200;
+
+/// What became of a migration's record that was to begin.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Begun {
+    /// It is written.
+    New,
+    /// This request was made before; here is its record as it stands.
+    Again(Box<Migration>),
+}
+
+/// Why a migration cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum BeginError {
+    /// Another migration of the VM has not ended.
+    #[error("the VM is being migrated to {} (migration {})", .0.destination, .0.id)]
+    AlreadyMigrating(Box<Migration>),
+    /// The records cannot be used.
+    #[error("cannot begin a migration")]
+    Store(#[from] StoreError),
+}
+
+impl From<BeginError> for ApiError {
+    fn from(error: BeginError) -> Self {
+        match error {
+            BeginError::AlreadyMigrating(_) => {
+                ApiError::new(ErrorCode::Migrating, error.to_string())
+                    .hint("wait for its end (`whimbrel migration watch ID`) or cancel it")
+            }
+            BeginError::Store(error) => error.into(),
+        }
+    }
+}
+
+/// A step that was begun: written down before it is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepRow {
+    /// The step's word.
+    pub step: String,
+    /// When it was begun first.
+    pub at: Timestamp,
+}
+
+/// Whether a migration holds its VM: it runs, or nobody knows yet how it ended.
+#[must_use]
+pub fn is_active(state: &MigrationState) -> bool {
+    match state {
+        MigrationState::Running | MigrationState::Unresolved { .. } => true,
+        MigrationState::Moved | MigrationState::Stayed { .. } | MigrationState::Refused => false,
+    }
+}
+
+impl Store {
+    /// Writes a migration's record, which takes the VM for it. Repeated with the same id it changes nothing.
+    ///
+    /// # Errors
+    /// [`BeginError::AlreadyMigrating`] if another migration of the VM is active; then nothing is written.
+    pub async fn begin_migration(&self, record: &Migration) -> Result<Begun, BeginError> {
+        let record = record.clone();
+        let begun = self.transact("begin a migration", move |transaction| {
+            if let Some(known) = by_id(transaction, record.id)? {
+                return Ok(Ok(Begun::Again(Box::new(known))));
+            }
+            if is_active(&record.state)
+                && let Some(other) = active_migration(transaction, record.vm)?
+            {
+                return Ok(Err(other));
+            }
+            transaction.execute(
+                "INSERT INTO migrations (id, vm, active, swept, record) VALUES (?1, ?2, ?3, ?4, ?5)",
+                params![
+                    record.id.to_string(),
+                    record.vm.to_string(),
+                    is_active(&record.state),
+                    record.leftovers.is_empty(),
+                    serde_json::to_string(&record)?
+                ],
+            )?;
+            Ok(Ok(Begun::New))
+        });
+        begun.await?.map_err(|other| BeginError::AlreadyMigrating(Box::new(other)))
+    }
+
+    /// Writes a migration's record as it is now.
+    pub async fn save_migration(&self, record: &Migration) -> Result<(), StoreError> {
+        let record = record.clone();
+        self.transact("save a migration", move |transaction| {
+            let changed = transaction.execute(
+                "UPDATE migrations SET active = ?2, swept = ?3, record = ?4 WHERE id = ?1",
+                params![
+                    record.id.to_string(),
+                    is_active(&record.state),
+                    record.leftovers.is_empty(),
+                    serde_json::to_string(&record)?
+                ],
+            )?;
+            if changed == 0 { Err(Fault::NoRow) } else { Ok(()) }
+        })
+        .await
+    }
+
+    /// One migration.
+    pub async fn migration(&self, id: MigrationId) -> Result<Option<Migration>, StoreError> {
+        self.transact("read a migration", move |transaction| by_id(transaction, id)).await
+    }
+
+    /// The newest migrations, newest first; at most 200.
+    pub async fn migrations(&self) -> Result<Vec<Migration>, StoreError> {
+        self.transact("list the migrations", |transaction| {
+            let sql =
+                format!("SELECT record FROM migrations ORDER BY number DESC LIMIT {LISTED_MAX}");
+            many(transaction, &sql)
+        })
+        .await
+    }
+
+    /// Every migration that holds its VM, oldest first: what a restarted controller takes up again.
+    pub async fn active_migrations(&self) -> Result<Vec<Migration>, StoreError> {
+        self.transact("list the active migrations", |transaction| {
+            many(transaction, "SELECT record FROM migrations WHERE active ORDER BY number")
+        })
+        .await
+    }
+
+    /// Every ended migration that left something to be swept, oldest first.
+    pub async fn unswept_migrations(&self) -> Result<Vec<Migration>, StoreError> {
+        self.transact("list the migrations that are not swept", |transaction| {
+            let sql =
+                "SELECT record FROM migrations WHERE NOT active AND NOT swept ORDER BY number";
+            many(transaction, sql)
+        })
+        .await
+    }
+
+    /// The migration that holds a VM, if one does.
+    pub async fn active_migration_of(&self, vm: VmId) -> Result<Option<Migration>, StoreError> {
+        self.transact("look for a VM's migration", move |transaction| {
+            active_migration(transaction, vm)
+        })
+        .await
+    }
+
+    /// Writes down that a step begins. Repeating it keeps the first time.
+    pub async fn record_step(
+        &self,
+        migration: MigrationId,
+        step: &'static str,
+        at: Timestamp,
+    ) -> Result<(), StoreError> {
+        self.transact("record a migration's step", move |transaction| {
+            transaction.execute(
+                "INSERT INTO migration_steps (migration, step, at_ms) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (migration, step) DO NOTHING",
+                params![migration.to_string(), step, at.as_millisecond()],
+            )?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// The steps of a migration that were begun, in order.
+    pub async fn steps(&self, migration: MigrationId) -> Result<Vec<StepRow>, StoreError> {
+        self.transact("list a migration's steps", move |transaction| {
+            let mut query = transaction.prepare(
+                "SELECT step, at_ms FROM migration_steps WHERE migration = ?1 ORDER BY number",
+            )?;
+            let rows = query.query_and_then([migration.to_string()], |row| {
+                let at = Timestamp::from_millisecond(row.get(1)?)
+                    .map_err(|error| Fault::Text(error.to_string()))?;
+                Ok::<_, Fault>(StepRow { step: row.get(0)?, at })
+            })?;
+            rows.collect()
+        })
+        .await
+    }
+}
+
+/// The migration that holds a VM.
+pub(super) fn active_migration(
+    transaction: &Transaction<'_>,
+    vm: VmId,
+) -> Result<Option<Migration>, Fault> {
+    one(transaction, "SELECT record FROM migrations WHERE vm = ?1 AND active", &vm.to_string())
+}
+
+fn by_id(transaction: &Transaction<'_>, id: MigrationId) -> Result<Option<Migration>, Fault> {
+    one(transaction, "SELECT record FROM migrations WHERE id = ?1", &id.to_string())
+}
+
+fn one(transaction: &Transaction<'_>, sql: &str, key: &str) -> Result<Option<Migration>, Fault> {
+    let text: Option<String> = transaction.query_row(sql, [key], |row| row.get(0)).optional()?;
+    text.map(|text| Ok(serde_json::from_str(&text)?)).transpose()
+}
+
+fn many(transaction: &Transaction<'_>, sql: &str) -> Result<Vec<Migration>, Fault> {
+    let mut query = transaction.prepare(sql)?;
+    let rows = query.query_and_then([], |row| {
+        let text: String = row.get(0)?;
+        Ok::<Migration, Fault>(serde_json::from_str(&text)?)
+    })?;
+    rows.collect()
+}
