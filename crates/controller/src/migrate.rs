@@ -1,0 +1,237 @@
+//! A migration, as the controller leads it: **the page that reads as the flow**.
+//!
+//! ```text
+//! admit ─► Admission, Preflight          nothing is begun; every reason against it is told at once
+//!            │
+//! carry ─►  Reservation                  do: set memory aside            undo: the page's end frees it
+//!           Preparation                  do: a stopped QEMU listens      undo: the destination takes it down
+//!           Precopy Switchover Handoff   do: the source copies and hands over; it undoes that by itself
+//!           Retirement                   the placement moves, both sides forget
+//! ```
+//!
+//! Each phase is recorded **before** it is asked for, and every asking is idempotent by the migration's id. So a restarted
+//! controller ([`resume`]) reads the record and walks the same page again; there is no second way through it.
+//!
+//! The controller is never needed for safety (invariant I19). Until the source has been asked this page decides, and every
+//! error leads to `Stayed`: that is the `?` in [`begin`]. From then on the two agents decide and the page only asks them, for
+//! as long as it takes: [`follow`] has no error to return, since an answer that does not come is unknown and not failed. Where
+//! the two hosts do not reach each other, it carries their messages.
+//!
+//! Called by [`crate::http`] and at the start. Who may run the guest is [`whimbrel_migration::handoff`]'s matter, and what
+//! QEMU is told is the agents'.
+
+mod admission;
+mod page;
+mod relay;
+mod sweep;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use whimbrel_api::agent::{IncomingOffer, IncomingReport, IncomingRequest, OutgoingEnd, OutgoingReport, OutgoingRequest};
+use whimbrel_api::migration::{Migration, MigrationState, Stay};
+use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
+
+use crate::Controller;
+use crate::controller::MovedPlacement;
+
+pub use admission::admit;
+pub(crate) use page::Running;
+use page::{Page, failed};
+
+/// How long the page waits, in milliseconds, before it asks a host again that has not answered.
+const ASK_AGAIN_MS: u64 = 500;
+/// How long the source may be without an answer from the destination, in milliseconds, before the controller carries the
+/// message.
+const RELAY_AFTER_MS: u64 = 1_000;
+
+/// How long the source may be silent, in seconds, before the migration is told to be unresolved. It is asked on.
+const SILENT_SECONDS: u64 = 30;
+
+/// How the copying ended, as the two agents have settled it.
+enum Settled {
+    Moved,
+    Stayed(Stay),
+}
+
+/// Takes up every migration that was active when the controller ended, and what ended ones left to sweep.
+pub async fn resume(controller: &Arc<Controller>) {
+    match controller.store().active_migrations().await {
+        Ok(active) => {
+            for record in active {
+                tracing::info!(migration = %record.id, phase = %record.phase, "taken up again");
+                page::open(controller, record, None);
+            }
+        }
+        Err(error) => tracing::error!(%error, "cannot read the active migrations"),
+    }
+    sweep::resume(controller).await;
+}
+
+/// Asks for the end of a migration that has not been handed over; `handed-over` afterwards.
+pub async fn cancel(controller: &Arc<Controller>, id: MigrationId) -> Result<Migration, ApiError> {
+    let record = controller.migration(id).await?;
+    match &record.state {
+        MigrationState::Running | MigrationState::Unresolved { .. } => controller.running().cancel(id).await?,
+        MigrationState::Stayed { .. } | MigrationState::Refused => {}
+        MigrationState::Moved => return Err(handed_over(&record)),
+    }
+    controller.migration(id).await
+}
+
+fn handed_over(record: &Migration) -> ApiError {
+    let message = format!("{} has been handed over to {}", record.vm_name, record.destination);
+    ApiError::new(ErrorCode::HandedOver, message).hint("let it end, and migrate the VM back")
+}
+
+/// One migration from its reservation to its end.
+async fn carry(mut page: Page) {
+    let settled = match begin(&mut page).await {
+        Ok(order) => follow(&mut page, order).await,
+        Err(why) => Settled::Stayed(why),
+    };
+    match settled {
+        Settled::Moved => settle(&mut page).await,
+        Settled::Stayed(why) => undo(&mut page, why).await,
+    }
+}
+
+/// Everything up to the moment when the source is asked to send.
+///
+/// Postcondition: `Ok`: the destination listens, and the order for the source is complete. `Err`: the VM has not been touched;
+/// [`undo`] takes down what the destination may have prepared.
+async fn begin(page: &mut Page) -> Result<OutgoingRequest, Stay> {
+    page.enter(Phase::Reservation).await?;
+    page.reserve_memory()?;
+
+    // The destination before the source: the source is told an address, and a destination that cannot has cost nothing.
+    page.enter(Phase::Preparation).await?;
+    let offer = prepare(page).await?;
+
+    page.enter(Phase::Precopy).await?;
+    let record = &page.record;
+    Ok(OutgoingRequest {
+        vm: record.vm,
+        destination: record.destination.clone(),
+        epoch: record.epoch,
+        options: record.options.clone(),
+        offer,
+        grant: page.grant()?,
+    })
+}
+
+/// Asks the destination for a stopped QEMU. An answer that is lost is asked for again: the destination gives the same one.
+async fn prepare(page: &mut Page) -> Result<IncomingOffer, Stay> {
+    let request = IncomingRequest {
+        definition: page.definition().await?,
+        source: page.record.source.clone(),
+        epoch: page.record.epoch,
+        grant: page.grant()?,
+    };
+    let (agent, id) = (page.destination.clone(), page.record.id);
+    let mut tries_left: u32 = 3;
+    loop {
+        let asked = agent.put_incoming(id, &request);
+        match page.unless_cancelled(asked).await? {
+            Ok(offer) => return Ok(offer),
+            Err(error) if error.is_unknown() && tries_left > 0 => {
+                tries_left -= 1;
+                tokio::time::sleep(Duration::from_millis(ASK_AGAIN_MS)).await;
+            }
+            Err(error) => return Err(failed(Phase::Preparation, &error)),
+        }
+    }
+}
+
+/// Orders the source to send, and follows it to its end.
+///
+/// Postcondition: one of the two agents has said how it ended. There is no error: until one of them has, the page asks.
+async fn follow(page: &mut Page, order: OutgoingRequest) -> Settled {
+    let mut silent_since = Instant::now();
+    loop {
+        match page.source.put_outgoing(page.record.id, &order).await {
+            Ok(report) => {
+                if let Some(settled) = watch(page, report).await {
+                    return settled;
+                }
+                silent_since = Instant::now();
+            }
+            // Nothing was begun there: the source says no to an order that it does not know yet.
+            Err(error) if error.is_refusal() => return Settled::Stayed(failed(Phase::Precopy, &error)),
+            Err(error) => {
+                tracing::warn!(migration = %page.record.id, %error, "the source does not answer; asking on");
+                if let Some(settled) = settled_by_destination(page, &error).await {
+                    return settled;
+                }
+                if silent_since.elapsed() >= Duration::from_secs(SILENT_SECONDS) {
+                    page.unresolved(page.record.source.clone()).await;
+                }
+            }
+        }
+        page.pause(Duration::from_millis(ASK_AGAIN_MS)).await;
+    }
+}
+
+/// Takes note of everything that the source says until it has ended; `None` if it fell silent before.
+async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
+    let mut report = first;
+    let mut stream = page.source.watch_outgoing(page.record.id).await.ok();
+    loop {
+        page.note(&report).await;
+        match &report.end {
+            OutgoingEnd::Moved => return Some(Settled::Moved),
+            OutgoingEnd::Stayed { why } => return Some(Settled::Stayed(why.clone())),
+            OutgoingEnd::Open | OutgoingEnd::Unresolved { .. } => {}
+        }
+        let events = stream.as_mut()?;
+        tokio::select! {
+            next = events.next() => match next {
+                Ok(Some(next)) => report = next,
+                Ok(None) | Err(_) => return None,
+            },
+            answer = page.next_cancel() => page.cancel_at_source(answer).await,
+            () = tokio::time::sleep(Duration::from_millis(RELAY_AFTER_MS)), if report.relay.is_some() => {
+                relay::carry_message(page, &report).await;
+            }
+        }
+        if stream.is_none() {
+            stream = page.source.watch_outgoing(page.record.id).await.ok();
+        }
+    }
+}
+
+/// How it ended by the destination's word, which counts whatever the source would say: an epoch that it owns, or that it
+/// will never own, is settled. `silence` is why the source cannot be asked.
+async fn settled_by_destination(page: &Page, silence: &ApiError) -> Option<Settled> {
+    match page.destination.incoming(page.record.id).await.ok()? {
+        IncomingReport::Owned { .. } => Some(Settled::Moved),
+        IncomingReport::Refused { .. } => Some(Settled::Stayed(failed(page.record.phase, silence))),
+        IncomingReport::Waiting | IncomingReport::None => None,
+    }
+}
+
+/// The VM runs on the destination: the placement moves, then both sides may forget.
+async fn settle(page: &mut Page) {
+    page.mark_moved();
+    let moved = MovedPlacement {
+        vm: page.record.vm,
+        host: page.record.destination.clone(),
+        epoch: page.record.epoch,
+        generation: page.generation,
+        state: None,
+    };
+    // Not without this record: a source that has forgotten the VM could not be asked any more.
+    while let Err(error) = page.controller.move_placement(&moved).await {
+        tracing::error!(migration = %page.record.id, %error, "the placement cannot be written; trying again");
+        page.pause(Duration::from_millis(ASK_AGAIN_MS)).await;
+    }
+    page.record_phase(Phase::Retirement).await;
+    sweep::both_sides(page).await;
+    page.end(MigrationState::Moved).await;
+}
+
+/// The VM stays: what the destination prepared is taken down.
+async fn undo(page: &mut Page, why: Stay) {
+    sweep::both_sides(page).await;
+    page.end(MigrationState::Stayed { why }).await;
+}

@@ -1,0 +1,288 @@
+//! One open migration: its record, which only this page writes, and the way in for whoever wants to cancel it.
+//!
+//! No step of a migration is here (they are in [`super`]); this is what the steps are written with.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot};
+use whimbrel_api::agent::{OutgoingEnd, OutgoingReport};
+use whimbrel_api::client::AgentClient;
+use whimbrel_api::event::Event;
+use whimbrel_api::migration::{Migration, MigrationState, PhaseStart, Stay};
+use whimbrel_api::vm::VmDefinition;
+use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, Phase};
+use whimbrel_migration::preflight::ENGINE_OVERHEAD_BYTES;
+use whimbrel_pki::grant::SignedGrant;
+
+use crate::Controller;
+
+/// Cancels of one migration that may wait.
+const CANCELS_MAX: usize = 128;
+/// How long a cancel waits for its answer, in seconds.
+const CANCEL_SECONDS: u64 = 15;
+
+type Answer = oneshot::Sender<Result<(), ApiError>>;
+
+/// The open pages.
+#[derive(Debug, Default)]
+pub(crate) struct Running(Mutex<HashMap<MigrationId, Open>>);
+
+#[derive(Debug)]
+struct Open {
+    cancels: mpsc::Sender<Answer>,
+    destination: Name,
+    /// Memory set aside for a QEMU that the destination's own figures do not count yet.
+    reserved_bytes: u64,
+}
+
+impl Running {
+    fn open(&self) -> MutexGuard<'_, HashMap<MigrationId, Open>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks a page to end; the answer is the page's.
+    pub(super) async fn cancel(&self, id: MigrationId) -> Result<(), ApiError> {
+        let Some(cancels) = self.open().get(&id).map(|open| open.cancels.clone()) else { return Ok(()) };
+        let (answer, answered) = oneshot::channel();
+        if cancels.send(answer).await.is_err() {
+            return Ok(());
+        }
+        match tokio::time::timeout(Duration::from_secs(CANCEL_SECONDS), answered).await {
+            Ok(Ok(answer)) => answer,
+            // The page has ended in between: its record says how.
+            Ok(Err(_)) => Ok(()),
+            Err(_) => Err(ApiError::new(ErrorCode::Busy, format!("the cancel was not answered within {CANCEL_SECONDS} s"))
+                .hint("it is still being worked on: `whimbrel migration show` tells how it ends")),
+        }
+    }
+
+    /// Memory set aside on a host by other migrations, in bytes.
+    fn reserved_bytes(&self, host: &Name, except: MigrationId) -> u64 {
+        let open = self.open();
+        let others = open.iter().filter(|(id, open)| **id != except && open.destination == *host);
+        others.map(|(_, open)| open.reserved_bytes).sum()
+    }
+
+    fn set_reserved(&self, id: MigrationId, bytes: u64) {
+        if let Some(open) = self.open().get_mut(&id) {
+            open.reserved_bytes = bytes;
+        }
+    }
+}
+
+/// What is known of the destination from preflight; not known any more after a restart.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Room {
+    pub(super) memory_available_bytes: u64,
+}
+
+/// An open migration.
+pub(super) struct Page {
+    pub(super) controller: Arc<Controller>,
+    pub(super) record: Migration,
+    pub(super) source: AgentClient,
+    pub(super) destination: AgentClient,
+    /// The generation of the definition that travels.
+    pub(super) generation: u64,
+    room: Option<Room>,
+    cancels: mpsc::Receiver<Answer>,
+}
+
+/// Opens the page of a recorded migration and lets it go on by itself.
+pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option<Room>) {
+    let (source, destination) = match (controller.agent(&record.source), controller.agent(&record.destination)) {
+        (Ok(source), Ok(destination)) => (source, destination),
+        (Err(error), _) | (_, Err(error)) => {
+            tracing::error!(migration = %record.id, %error, "a host of this migration is not in the pool any more");
+            return;
+        }
+    };
+    let (sender, cancels) = mpsc::channel(CANCELS_MAX);
+    let open = Open { cancels: sender, destination: record.destination.clone(), reserved_bytes: 0 };
+    controller.running().open().insert(record.id, open);
+    let (controller, id) = (controller.clone(), record.id);
+    controller.events().publish(Event::Migration { migration: record.clone() });
+    tokio::spawn(async move {
+        let page =
+            Page { controller: controller.clone(), record, source, destination, generation: 0, room, cancels };
+        super::carry(page).await;
+        controller.running().open().remove(&id);
+    });
+}
+
+/// A failure in a phase, for the record.
+pub(super) fn failed(phase: Phase, error: &ApiError) -> Stay {
+    Stay::Failed { phase, code: error.code.as_str().to_owned(), message: error.message.clone() }
+}
+
+impl Page {
+    /// Records that a phase begins, before anything of it is asked for.
+    pub(super) async fn enter(&mut self, phase: Phase) -> Result<(), Stay> {
+        self.take_cancels()?;
+        self.mark_phase(phase);
+        let saved = self.controller.save_migration(&self.record).await;
+        saved.map_err(|error| failed(phase, &error))
+    }
+
+    /// Records a phase that has begun whether it is recorded or not.
+    pub(super) async fn record_phase(&mut self, phase: Phase) {
+        self.mark_phase(phase);
+        self.save().await;
+    }
+
+    fn mark_phase(&mut self, phase: Phase) {
+        if self.record.phase == phase && self.record.phases.iter().any(|start| start.phase == phase) {
+            return;
+        }
+        self.record.phase = phase;
+        self.record.phases.push(PhaseStart { phase, at: Timestamp::now() });
+    }
+
+    async fn save(&self) {
+        if let Err(error) = self.controller.save_migration(&self.record).await {
+            tracing::error!(migration = %self.record.id, %error, "the record cannot be written; the agents have theirs");
+        }
+    }
+
+    /// Sets the guest's memory aside, so that two migrations at once do not both count on the same.
+    pub(super) fn reserve_memory(&mut self) -> Result<(), Stay> {
+        let Some(room) = self.room else { return Ok(()) };
+        let needed = self.record.memory_bytes.saturating_add(ENGINE_OVERHEAD_BYTES);
+        let running = self.controller.running();
+        running.set_reserved(self.record.id, needed);
+        let others = running.reserved_bytes(&self.record.destination, self.record.id);
+        if needed.saturating_add(others) <= room.memory_available_bytes {
+            return Ok(());
+        }
+        let message = format!(
+            "{} has {} bytes of memory free, of which {others} are set aside for other migrations; {needed} are needed",
+            self.record.destination, room.memory_available_bytes
+        );
+        Err(failed(Phase::Reservation, &ApiError::new(ErrorCode::NoResources, message)))
+    }
+
+    /// The definition that travels, as the source has it.
+    pub(super) async fn definition(&mut self) -> Result<VmDefinition, Stay> {
+        let report = self.source.vm(self.record.vm).await.map_err(|error| failed(Phase::Preparation, &error))?;
+        self.generation = report.definition.generation;
+        Ok(report.definition)
+    }
+
+    /// The permission that both agents are shown.
+    pub(super) fn grant(&self) -> Result<SignedGrant, Stay> {
+        let source_epoch = Epoch(self.record.epoch.0.saturating_sub(1));
+        self.controller.grant(&self.record, source_epoch).map_err(|error| failed(Phase::Preparation, &error))
+    }
+
+    /// Waits for something, unless somebody cancels first: then that is why the VM stays.
+    pub(super) async fn unless_cancelled<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Stay> {
+        tokio::select! {
+            biased;
+            answer = self.cancels.recv() => {
+                self.accept(answer);
+                Err(Stay::Cancelled)
+            }
+            done = work => Ok(done),
+        }
+    }
+
+    fn take_cancels(&mut self) -> Result<(), Stay> {
+        match self.cancels.try_recv() {
+            Ok(answer) => {
+                self.accept(Some(answer));
+                Err(Stay::Cancelled)
+            }
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn accept(&mut self, answer: Option<Answer>) {
+        self.record.cancel_requested = true;
+        if let Some(answer) = answer {
+            // Whoever asked may have gone.
+            let _gone = answer.send(Ok(()));
+        }
+    }
+
+    /// The next cancel; never resolves when there can be none any more.
+    pub(super) async fn next_cancel(&mut self) -> Answer {
+        match self.cancels.recv().await {
+            Some(answer) => answer,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Passes a cancel on to the source, whose word counts from the moment when it has been asked to send.
+    pub(super) async fn cancel_at_source(&mut self, answer: Answer) {
+        let told = self.source.cancel_outgoing(self.record.id).await.map(|_| ());
+        if told.is_ok() {
+            self.record.cancel_requested = true;
+        }
+        let _gone = answer.send(told);
+    }
+
+    /// Waits a moment; a cancel that comes meanwhile goes to the source at once.
+    pub(super) async fn pause(&mut self, duration: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(duration) => {}
+            answer = self.next_cancel() => self.cancel_at_source(answer).await,
+        }
+    }
+
+    /// Takes over what the source says. Figures are told to whoever watches; phases and outcomes are written down.
+    pub(super) async fn note(&mut self, report: &OutgoingReport) {
+        if report.progress.is_some() {
+            self.record.progress = report.progress.clone();
+            // QEMU runs on the destination by now, and is in the destination's own figures.
+            self.controller.running().set_reserved(self.record.id, 0);
+        }
+        self.record.downtime = report.downtime.or(self.record.downtime);
+        let state = match &report.end {
+            OutgoingEnd::Unresolved { ask } => MigrationState::Unresolved { ask: ask.clone() },
+            _ => MigrationState::Running,
+        };
+        let new = self.record.phase != report.phase || self.record.state != state;
+        self.record.state = state;
+        self.mark_phase(report.phase);
+        if new {
+            self.save().await;
+        } else {
+            self.controller.events().publish(Event::Migration { migration: self.record.clone() });
+        }
+    }
+
+    /// Tells that nobody knows yet how it ended.
+    pub(super) async fn unresolved(&mut self, ask: Name) {
+        let state = MigrationState::Unresolved { ask };
+        if self.record.state != state {
+            self.record.state = state;
+            self.save().await;
+        }
+    }
+
+    /// Notes the moment at which the move was known.
+    pub(super) fn mark_moved(&mut self) {
+        let now = Timestamp::now();
+        self.record.ended.get_or_insert(now);
+        let total = now.duration_since(self.record.started).as_millis();
+        self.record.total_ms.get_or_insert(u64::try_from(total).unwrap_or(0));
+    }
+
+    /// Writes the end down and tells it.
+    pub(super) async fn end(&mut self, state: MigrationState) {
+        self.cancels.close();
+        while let Ok(answer) = self.cancels.try_recv() {
+            let told = match state {
+                MigrationState::Moved => Err(super::handed_over(&self.record)),
+                _ => Ok(()),
+            };
+            let _gone = answer.send(told);
+        }
+        self.record.ended.get_or_insert_with(Timestamp::now);
+        self.record.state = state;
+        self.save().await;
+    }
+}
