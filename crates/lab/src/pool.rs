@@ -77,9 +77,17 @@ pub(crate) fn start(
     fs::write(folder.vm(), definition).map_err(LabError::file("write", folder.vm()))
 }
 
-/// Runs a `whimbrel` command against the lab's pool, and returns what it prints.
+/// Runs a `whimbrel` command with the operator's rights in the lab's pool, and returns what it prints.
 pub(crate) fn whimbrel(folder: &Folder, plan: &Plan, args: &[&str]) -> Result<String, LabError> {
-    command::run(&mut operator_command(folder, plan, args), "")
+    run_whimbrel(folder, &mut operator_command(folder, plan, args))
+}
+
+/// Runs in the controller's namespace: if this process is killed, its child is still found, and not left to write into a
+/// folder that the next command is about to remove.
+fn run_whimbrel(folder: &Folder, command: &mut Command) -> Result<String, LabError> {
+    Namespace::at(folder.namespace(CONTROLLER))
+        .run(|| command::run(command, ""))
+        .map_err(LabError::namespace("enter", CONTROLLER))?
 }
 
 /// A `whimbrel` command with the operator's rights in the lab's pool.
@@ -155,7 +163,7 @@ fn init(folder: &Folder, plan: &Plan) -> Result<(), LabError> {
     command
         .args(["--listen", &SocketAddr::from((CONTROLLER_ADDRESS, CONTROLLER_PORT)).to_string()]);
     command.arg("--socket").arg(folder.socket());
-    command::run(&mut command, "")?;
+    run_whimbrel(folder, &mut command)?;
     let (made, wanted) = (folder.controller().join("client.toml"), folder.client_config());
     // Copied with its permissions: it is a secret.
     fs::copy(made, &wanted).map(drop).map_err(LabError::file("write", wanted))
