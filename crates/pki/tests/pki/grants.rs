@@ -1,11 +1,8 @@
 //! Grants: round trip, tampering, and every reason for which one is refused.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
-
-mod pool;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use pool::{DAY, credentials};
+use crate::pool::{DAY, credentials};
 use proptest::prelude::*;
 use whimbrel_pki::authority::{Authority, Role};
 use whimbrel_pki::grant::{Claims, GrantError, MAX_CLAIMS_BYTES, SignedGrant};
@@ -101,7 +98,7 @@ fn nobody_but_the_controller_grants() {
 #[test]
 fn an_expired_controller_does_not_grant() {
     let pool = Authority::create().unwrap();
-    let old = pool::expired(&pool, Role::ControllerClient, 1);
+    let old = crate::pool::expired(&pool, Role::ControllerClient, 1);
     let signed = SignedGrant::sign(&claims(), &old).unwrap();
     assert_eq!(refused(&signed, &pool, SystemTime::now()).code(), "grant-signer-expired");
 }

@@ -1,5 +1,4 @@
 //! A pool for tests: an authority, credentials for any role, and loopback listeners.
-#![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

@@ -1,5 +1,4 @@
 //! Join tokens: round trip, every kind of damage, comparison by hash.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 use proptest::prelude::*;
 use whimbrel_pki::authority::Authority;

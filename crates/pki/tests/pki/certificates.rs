@@ -1,13 +1,10 @@
 //! What the authority writes into certificates, and how names are read back.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
-
-mod pool;
 
 use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::SystemTime;
 
-use pool::{DAY, credentials, credentials_within, expired};
+use crate::pool::{DAY, credentials, credentials_within, expired};
 use proptest::prelude::*;
 use rcgen::{CertificateParams, DnType, KeyPair, PKCS_ECDSA_P384_SHA384};
 use whimbrel_pki::authority::{

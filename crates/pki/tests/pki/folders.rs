@@ -1,5 +1,4 @@
 //! Identity folders: round trips, modes, and every way in which a folder can be wrong.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};

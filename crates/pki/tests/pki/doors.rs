@@ -1,18 +1,15 @@
 //! The door over loopback, called by the HTTP client that the product uses.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
-
-mod pool;
 
 use std::error::Error as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::pool::{PATIENCE, Served, credentials, expired};
 use axum::Router;
 use axum::extract::Extension;
 use axum::extract::ws::{Message, WebSocketUpgrade};
 use axum::routing::get;
-use pool::{PATIENCE, Served, credentials, expired};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixListener};
 use tokio::sync::Notify;

@@ -1,13 +1,10 @@
 //! Every way in which two ends must not come together, over loopback: each side names the reason.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
-
-mod pool;
 
 use std::error::Error;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use pool::{PATIENCE, credentials, expired, not_yet_valid};
+use crate::pool::{PATIENCE, credentials, expired, not_yet_valid};
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
