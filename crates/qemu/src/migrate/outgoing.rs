@@ -13,12 +13,14 @@
 //!   success and changes nothing, `cont` is refused ("Migration is not finalized yet"). So before
 //!   `completed` no other host may be allowed to run this guest; after it QEMU leaves the guest
 //!   alone.
-//! - After `completed` the run state is `postmigrate`, and `cont` makes the guest run again on
+//! - A moment after `completed` the run state is `postmigrate`, and `cont` makes the guest run again on
 //!   both versions: nothing but the caller's own record holds it back. A disk that the
 //!   destination's running guest has locked makes that `cont` fail; disks that are not shared do
 //!   not.
 //! - A guest that its user had paused stays stopped after a failure. 10.0 returns to `paused`; 7.2
-//!   shows `postmigrate` then. The run state alone does not tell that a guest has left.
+//!   shows `postmigrate` then, and refuses any further `migrate` ("Can't migrate the vm that was
+//!   paused due to previous migration") until the guest has run again: whoever owns the guest must
+//!   send `cont` and `stop` first. So the run state alone does not tell that a guest has left.
 //! - A destination that hangs leaves the source in `device` for ever, its guest stopped:
 //!   [`Outgoing::continue_to_completed`] is bounded, and [`Outgoing::cancel`] ends this state too.
 
@@ -84,7 +86,7 @@ pub struct Outgoing {
     stopped_at: Option<Timestamp>,
 }
 
-/// The source after the whole guest has left: stopped, `postmigrate`.
+/// The source after the whole guest has left: stopped, `postmigrate` (a moment later).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completed {
     /// The last figures.

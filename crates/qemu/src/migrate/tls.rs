@@ -1,6 +1,7 @@
 //! QEMU's TLS objects for one migration, and the names they have in QEMU.
 //!
-//! Seen on 7.2 and 10.0: keys and certificates of ECDSA P-256 in PKCS#8 PEM are taken; a peer
+//! Seen on 7.2 and 10.0: keys and certificates of ECDSA P-256 in PKCS#8 PEM are taken (a critical
+//! key usage must have key encipherment beside digital signature); a peer
 //! certificate must come from the CA of the folder; the client's name for the server (`hostname`)
 //! and the server's for the client (`authorized_dn`) are both enforced. Neither version looks at
 //! the extended key usage of the *peer's* certificate: the distinguished name must therefore be

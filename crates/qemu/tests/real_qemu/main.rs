@@ -1,0 +1,12 @@
+//! What this crate says of QEMU, tried on each installed version and on pairs of them.
+//!
+//! Engines that are not installed are passed over, unless `WHIMBREL_REQUIRE_ENGINES` is set.
+
+#![allow(clippy::unwrap_used, reason = "a test that can not go on has failed")]
+
+mod certificates;
+mod contract;
+mod life;
+mod migrations;
+mod rig;
+mod tls;

@@ -1,0 +1,285 @@
+//! Engines, guests and migrations for the tests against real QEMUs.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::sync::watch;
+use uuid::Uuid;
+use whimbrel_qemu::command_line::{self, Boot, ConsoleSpec, CpuSpec, VmSpec};
+use whimbrel_qemu::engine::Accelerator;
+use whimbrel_qemu::event::{EventError, EventKind, Events, Timestamp};
+use whimbrel_qemu::machine::{Machine, RunState};
+use whimbrel_qemu::migrate::incoming::{self, IncomingSettings, IncomingTls};
+use whimbrel_qemu::migrate::outgoing::{Outgoing, OutgoingSettings, OutgoingTls};
+use whimbrel_qemu::process::{Launch, Process, UnprivilegedUser};
+
+use crate::certificates::Pool;
+
+/// Set where a missing engine is a failure instead of a test passed over.
+const REQUIRE: &str = "WHIMBREL_REQUIRE_ENGINES";
+
+/// Where the versions are unpacked; 7.2 may also be the system's own.
+const ENGINES_DIR: &str = "/var/tmp/whimbrel-lab/cache/engines";
+const SYSTEM_ENGINE: &str = "/usr/bin/qemu-system-x86_64";
+
+/// The user that the tests' QEMUs run as (`nobody`).
+pub(crate) const USER: UnprivilegedUser = UnprivilegedUser { uid: 65534, gid: 65534 };
+
+const MEMORY_BYTES: u64 = 64 * 1024 * 1024;
+
+/// No wait of a test is longer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One installed QEMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Engine {
+    pub(crate) version: &'static str,
+    pub(crate) binary: PathBuf,
+}
+
+/// The engines that are here, oldest first.
+pub(crate) fn engines() -> Vec<Engine> {
+    let found: Vec<Engine> = ["7.2", "10.0"].into_iter().filter_map(engine).collect();
+    assert!(
+        found.len() == 2 || std::env::var_os(REQUIRE).is_none(),
+        "{REQUIRE} is set, but of QEMU 7.2 and 10.0 there is only {found:?}"
+    );
+    found
+}
+
+fn engine(version: &'static str) -> Option<Engine> {
+    let unpacked = Path::new(ENGINES_DIR).join(version).join("qemu-system-x86_64");
+    if unpacked.exists() {
+        return Some(Engine { version, binary: unpacked });
+    }
+    let output = std::process::Command::new(SYSTEM_ENGINE).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let is_it = text.contains(&format!("version {version}."));
+    is_it.then(|| Engine { version, binary: SYSTEM_ENGINE.into() })
+}
+
+/// Every pair of engines that guests are moved between, as (source, destination).
+pub(crate) fn pairs() -> Vec<(Engine, Engine)> {
+    let engines = engines();
+    let mut pairs = Vec::new();
+    for (index, source) in engines.iter().enumerate() {
+        for destination in &engines[index..] {
+            pairs.push((source.clone(), destination.clone()));
+        }
+    }
+    pairs
+}
+
+/// Bounds a wait.
+pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("took too long")
+}
+
+/// A folder that QEMU's user can write, and one identity for all guests in it.
+pub(crate) struct Lab {
+    pub(crate) dir: TempDir,
+    pub(crate) uuid: Uuid,
+    user: Option<UnprivilegedUser>,
+}
+
+impl Lab {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let root = rustix::process::getuid().is_root();
+        let lab = Self { dir, uuid: Uuid::new_v4(), user: root.then_some(USER) };
+        lab.hand_over(lab.dir.path());
+        lab
+    }
+
+    /// Gives a file or folder to QEMU's user.
+    pub(crate) fn hand_over(&self, path: &Path) {
+        if let Some(user) = self.user {
+            std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)).unwrap();
+        }
+    }
+
+    pub(crate) fn spec(&self, name: &str, incoming: bool) -> VmSpec {
+        let path = |kind: &str| self.dir.path().join(format!("{name}.{kind}"));
+        VmSpec {
+            name: name.to_owned(),
+            uuid: self.uuid,
+            machine_type: "pc-q35-7.2".to_owned(),
+            accelerator: Accelerator::Tcg,
+            cpu: CpuSpec { model: "Nehalem".to_owned(), features: BTreeMap::new() },
+            vcpus: 1,
+            memory_bytes: MEMORY_BYTES,
+            boot: Boot::SeaBios,
+            disks: Vec::new(),
+            nics: Vec::new(),
+            console: ConsoleSpec { socket: path("console"), log: path("serial") },
+            qmp_socket: path("qmp"),
+            incoming,
+        }
+    }
+
+    /// Starts a guest, stopped.
+    pub(crate) async fn start(&self, engine: &Engine, name: &str, incoming: bool) -> Guest {
+        self.start_spec(engine, self.spec(name, incoming)).await
+    }
+
+    pub(crate) async fn start_spec(&self, engine: &Engine, spec: VmSpec) -> Guest {
+        let log = self.dir.path().join(format!("{}.log", spec.name));
+        let process = Process::spawn(Launch {
+            binary: engine.binary.clone(),
+            arguments: command_line::arguments(&spec).unwrap(),
+            user: self.user,
+            inherited: Vec::new(),
+            log,
+        })
+        .unwrap();
+        let identity = process.identity().clone();
+        let machine = Machine::connect_to(&spec.qmp_socket, &identity, self.uuid, PATIENCE).await;
+        match machine {
+            Ok(machine) => Guest { spec, machine, _killed: Killed(process.clone()), process },
+            Err(error) => panic!("{error:?}, QEMU said {:?}", process.last_words()),
+        }
+    }
+
+    pub(crate) async fn start_running(&self, engine: &Engine, name: &str) -> Guest {
+        let guest = self.start(engine, name, false).await;
+        guest.machine.cont().await.unwrap();
+        guest
+    }
+
+    pub(crate) fn tls(&self, hosts: [&str; 3]) -> [PathBuf; 3] {
+        let pool = Pool::new();
+        hosts.map(|host| {
+            let dir = pool.credentials(self.dir.path(), host);
+            for entry in std::fs::read_dir(&dir).unwrap() {
+                self.hand_over(&entry.unwrap().path());
+            }
+            self.hand_over(&dir);
+            dir
+        })
+    }
+}
+
+/// One running QEMU; killed with the value.
+pub(crate) struct Guest {
+    pub(crate) spec: VmSpec,
+    pub(crate) machine: Machine,
+    pub(crate) process: Process,
+    _killed: Killed,
+}
+
+/// Kills a process when it goes, so that a failing test leaves nothing.
+pub(crate) struct Killed(Process);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+    }
+}
+
+impl Guest {
+    /// Drops every handle, as the end of an agent does.
+    pub(crate) fn let_go(self) -> Killed {
+        self._killed
+    }
+
+    pub(crate) async fn run_state(&self) -> RunState {
+        self.machine.status().await.unwrap().run_state
+    }
+
+    /// Waits for a run state.
+    pub(crate) async fn reaches(&self, wanted: &RunState) {
+        soon(async {
+            while self.run_state().await != *wanted {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+
+    pub(crate) async fn killed(&self) {
+        self.process.kill_and_wait(PATIENCE).await.unwrap();
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = i32::try_from(self.process.identity().pid).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    pub(crate) async fn listens(&self, tls: Option<IncomingTls>) -> std::net::SocketAddr {
+        self.listens_as(&listening(tls)).await
+    }
+
+    pub(crate) async fn listens_as(&self, settings: &IncomingSettings) -> std::net::SocketAddr {
+        match soon(incoming::prepare(&self.machine, settings)).await {
+            Ok(listening) => listening.address,
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+pub(crate) fn listening(tls: Option<IncomingTls>) -> IncomingSettings {
+    IncomingSettings {
+        address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+        ports: 49152..=49215,
+        multifd_channels: None,
+        tls,
+    }
+}
+
+pub(crate) fn to(address: std::net::SocketAddr, tls: Option<OutgoingTls>) -> OutgoingSettings {
+    OutgoingSettings {
+        to: address,
+        tls,
+        max_downtime_ms: 300,
+        max_bandwidth_bytes_per_second: 0,
+        multifd_channels: None,
+    }
+}
+
+/// Starts a migration that reaches its last stage only after many seconds: the guest's empty
+/// pages need about 600 KiB.
+pub(crate) fn slowly_to(address: std::net::SocketAddr) -> OutgoingSettings {
+    OutgoingSettings {
+        max_bandwidth_bytes_per_second: 16 * 1024,
+        max_downtime_ms: 1,
+        ..to(address, None)
+    }
+}
+
+/// From the beginning to `completed` on both sides.
+pub(crate) async fn moved(
+    source: &Guest,
+    destination: &Guest,
+    settings: &OutgoingSettings,
+) -> Timestamp {
+    let mut outgoing = Outgoing::start(&source.machine, settings).await.unwrap();
+    let progress = watch::Sender::default();
+    soon(outgoing.wait_pre_switchover(&progress)).await.unwrap();
+    assert_eq!(source.run_state().await, RunState::FinishMigrate);
+    let completed = outgoing.continue_to_completed(PATIENCE).await.unwrap();
+    // A moment after the status.
+    source.reaches(&RunState::PostMigrate).await;
+    let loaded = soon(incoming::wait_loaded(&destination.machine)).await.unwrap();
+    assert_eq!(loaded.run_state, RunState::Paused);
+    let ram = completed.statistics.ram;
+    assert!(ram.total_bytes > Some(MEMORY_BYTES) && ram.remaining_bytes == Some(0), "{ram:?}");
+    completed.stopped_at.expect("the STOP event was missed")
+}
+
+/// Waits for one kind of event.
+pub(crate) async fn event(events: &mut Events, wanted: &EventKind) -> Timestamp {
+    soon(async {
+        loop {
+            match events.next().await {
+                Ok(event) if event.kind == *wanted => return event.at,
+                Ok(_) | Err(EventError::Lagged { .. }) => {}
+                Err(EventError::Closed) => panic!("the session ended before {wanted:?}"),
+            }
+        }
+    })
+    .await
+}
