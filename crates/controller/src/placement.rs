@@ -154,6 +154,7 @@ mod tests {
             version: String::new(),
             cpus: 1,
             cpu_model: String::new(),
+            cpu_features: BTreeSet::new(),
             memory_total_bytes: 8 << 30,
             memory_available_bytes: free_gib << 30,
             engines: vec![engine],

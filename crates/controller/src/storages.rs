@@ -5,9 +5,8 @@
 //! ```
 //!
 //! For each pair of the first host and another one a fresh token is written, so that no cache and no clean-up of an earlier one
-//! can answer. Only hosts with a proof count as sharing: [`shared_by`] is what a migration asks.
+//! can answer. A migration does not rely on this proof: preflight makes its own, at its own time.
 
-use std::collections::BTreeSet;
 use std::path::{Component, Path};
 use std::sync::Arc;
 
@@ -155,22 +154,6 @@ pub(crate) async fn give_shared(
     }
     controller.store().add_storage_proof(&storage.name, &member.name).await?;
     Ok(())
-}
-
-/// The storages of which it is proven that both hosts see the same files.
-pub async fn shared_by(
-    controller: &Controller,
-    one: &Name,
-    other: &Name,
-) -> Result<BTreeSet<Name>, ApiError> {
-    let mut shared = BTreeSet::new();
-    for storage in controller.store().storages().await? {
-        let proofs = controller.store().storage_proofs(&storage.name).await?;
-        if storage.shared && proofs.contains(one) && proofs.contains(other) {
-            shared.insert(storage.name);
-        }
-    }
-    Ok(shared)
 }
 
 /// All storages, with what each host that has it says.
