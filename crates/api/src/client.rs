@@ -30,6 +30,8 @@ use crate::{ApiError, BODY_LIMIT_BYTES, ErrorCode};
 
 /// How long a connection may take to be made, TLS included, in seconds.
 const CONNECT_SECONDS: u64 = 5;
+/// How long an idle connection is kept, in seconds: less than the 30 s after which the door closes it.
+const IDLE_SECONDS: u64 = 20;
 /// How long an answer may take where the call does not say otherwise, in seconds.
 const ANSWER_SECONDS: u64 = 30;
 
@@ -76,6 +78,7 @@ impl Caller {
             .tls_backend_preconfigured(tls.as_ref().clone())
             .connect_timeout(Duration::from_secs(CONNECT_SECONDS))
             .timeout(Duration::from_secs(ANSWER_SECONDS))
+            .pool_idle_timeout(Duration::from_secs(IDLE_SECONDS))
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy();
         let (builder, port) = match &target {

@@ -144,6 +144,9 @@ pub enum IdentityError {
     /// QEMU's certificate was shown where only agents, the controller and operators are heard.
     #[error("the certificate belongs to {0}, which may only speak to another QEMU")]
     QemuAtDoor(Peer),
+    /// The certificate is of somebody who was not expected at this port.
+    #[error("{0} is not who was expected here")]
+    NotHeard(Peer),
 }
 
 /// Reads who the holder of a certificate is. The caller has verified the certificate.

@@ -53,7 +53,7 @@ pub enum TlsConfigError {
 /// For a door that hears only holders of the pool's client certificates (of agents, the
 /// controller and operators; not of QEMU).
 pub fn server_config(own: &Credentials) -> Result<Arc<ServerConfig>, TlsConfigError> {
-    server(own, Anonymous::Refused, vec![own.certificate.der().clone()])
+    server(own, Anonymous::Refused, Heard::Speakers, vec![own.certificate.der().clone()])
 }
 
 /// For the controller's door where hosts join: a client without certificate is let in as `None`
@@ -61,7 +61,17 @@ pub fn server_config(own: &Credentials) -> Result<Arc<ServerConfig>, TlsConfigEr
 /// sent along, because a joining host knows only its fingerprint.
 pub fn join_server_config(own: &Credentials) -> Result<Arc<ServerConfig>, TlsConfigError> {
     let chain = vec![own.certificate.der().clone(), own.ca.der().clone()];
-    server(own, Anonymous::Admitted, chain)
+    server(own, Anonymous::Admitted, Heard::Speakers, chain)
+}
+
+/// For a port on which QEMU will listen, tried beforehand: hears only the QEMU of host `from`, as QEMU's own `tls-authz`
+/// will.
+pub fn qemu_server_config(
+    own: &Credentials,
+    from: &str,
+) -> Result<Arc<ServerConfig>, TlsConfigError> {
+    let heard = Heard::QemuOf(from.to_owned());
+    server(own, Anonymous::Refused, heard, vec![own.certificate.der().clone()])
 }
 
 /// For calling a pool's door. Which name the server must prove is given per connection: to
@@ -99,6 +109,7 @@ enum Anonymous {
 fn server(
     own: &Credentials,
     anonymous: Anonymous,
+    heard: Heard,
     chain: Vec<CertificateDer<'static>>,
 ) -> Result<Arc<ServerConfig>, TlsConfigError> {
     let anchors = Arc::new(anchors(&own.ca).map_err(TlsConfigError::Anchor)?);
@@ -107,7 +118,8 @@ fn server(
         Anonymous::Refused => builder,
         Anonymous::Admitted => builder.allow_unauthenticated(),
     };
-    let verifier = PoolMembers(builder.build().map_err(TlsConfigError::Verifier)?);
+    let usual = builder.build().map_err(TlsConfigError::Verifier)?;
+    let verifier = PoolMembers { usual, heard };
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .map_err(TlsConfigError::Own)?
@@ -137,19 +149,31 @@ pub(crate) fn anchors(ca: &Certificate) -> Result<RootCertStore, rustls::Error> 
 /// The usual check of client certificates, and then that the name in it is of somebody who may
 /// speak at a door at all.
 #[derive(Debug)]
-struct PoolMembers(Arc<dyn ClientCertVerifier>);
+struct PoolMembers {
+    usual: Arc<dyn ClientCertVerifier>,
+    heard: Heard,
+}
+
+/// Who may speak.
+#[derive(Debug)]
+enum Heard {
+    /// Agents, the controller and operators.
+    Speakers,
+    /// The QEMU of one host.
+    QemuOf(String),
+}
 
 impl ClientCertVerifier for PoolMembers {
     fn offer_client_auth(&self) -> bool {
-        self.0.offer_client_auth()
+        self.usual.offer_client_auth()
     }
 
     fn client_auth_mandatory(&self) -> bool {
-        self.0.client_auth_mandatory()
+        self.usual.client_auth_mandatory()
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.0.root_hint_subjects()
+        self.usual.root_hint_subjects()
     }
 
     fn verify_client_cert(
@@ -158,10 +182,12 @@ impl ClientCertVerifier for PoolMembers {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self.0.verify_client_cert(end_entity, intermediates, now)?;
-        let named = identity::peer_of(end_entity).and_then(|peer| match peer {
-            Peer::Qemu(_) => Err(IdentityError::QemuAtDoor(peer)),
-            Peer::Agent(_) | Peer::Controller | Peer::Operator(_) => Ok(()),
+        let verified = self.usual.verify_client_cert(end_entity, intermediates, now)?;
+        let named = identity::peer_of(end_entity).and_then(|peer| match (&self.heard, &peer) {
+            (Heard::Speakers, Peer::Agent(_) | Peer::Controller | Peer::Operator(_)) => Ok(()),
+            (Heard::QemuOf(host), Peer::Qemu(name)) if name == host => Ok(()),
+            (Heard::QemuOf(_), _) => Err(IdentityError::NotHeard(peer)),
+            (Heard::Speakers, Peer::Qemu(_)) => Err(IdentityError::QemuAtDoor(peer)),
         });
         match named {
             Ok(()) => Ok(verified),
@@ -175,7 +201,7 @@ impl ClientCertVerifier for PoolMembers {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls12_signature(message, cert, dss)
+        self.usual.verify_tls12_signature(message, cert, dss)
     }
 
     fn verify_tls13_signature(
@@ -184,11 +210,11 @@ impl ClientCertVerifier for PoolMembers {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls13_signature(message, cert, dss)
+        self.usual.verify_tls13_signature(message, cert, dss)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_verify_schemes()
+        self.usual.supported_verify_schemes()
     }
 }
 
