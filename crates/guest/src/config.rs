@@ -7,7 +7,7 @@
 //! | `memory` | MiB of memory to fill | 64 |
 //! | `zero`, `text` | percent of the pages that are zero, and that compress well; the rest is random | 10, 45 |
 //! | `dirty` | MB/s to dirty from the start | 0 |
-//! | `verify` | MB/s of memory to verify in the background | 8 |
+//! | `verify` | MB/s of memory to verify in the background | 4 |
 //! | `journal` | records a second to append to the disk's journal | 10 |
 
 use std::net::Ipv4Addr;
@@ -44,7 +44,7 @@ impl Default for Config {
             zero_percent: 10,
             text_percent: 45,
             dirty_mb_per_s: 0,
-            verify_mb_per_s: 8,
+            verify_mb_per_s: 4,
             journal_records_per_s: 10,
         }
     }

@@ -34,6 +34,9 @@ const BRIDGE: &str = "br-lab";
 /// Its uplink.
 const UPLINK: &str = "eth1";
 
+/// How much of its memory web01's witness fills: enough to be worth moving, and filled within about 2 s under TCG.
+const FILLED_MIB: u32 = 256;
+
 /// How long the controller may take to answer.
 const CONTROLLER_START_MAX: Duration = Duration::from_secs(30);
 /// How long all hosts may take to be ready.
@@ -73,7 +76,7 @@ pub(crate) fn start(
         plan,
         &["storage", "create", STORAGE, "--path", &shared.to_string_lossy(), "--shared"],
     )?;
-    let definition = vm_definition("web01", 0, 64);
+    let definition = vm_definition("web01", 0, FILLED_MIB);
     fs::write(folder.vm(), definition).map_err(LabError::file("write", folder.vm()))
 }
 
