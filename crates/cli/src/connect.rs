@@ -1,0 +1,93 @@
+//! Which controller is meant: finds the operator's `client.toml` and makes the client that it describes.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use whimbrel_api::client::{ClientConfig, ClientConfigError, PoolClient};
+
+use crate::failure::Failure;
+
+/// Largest file with settings that is read, in bytes.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+/// Where the running lab's file is.
+const LAB_FILE: &str = "/var/tmp/whimbrel-lab/client.toml";
+const NO_CONTROLLER: &str = "no-controller";
+
+/// The controller that the user means: `given` if it is, else the first file of [`places`] that exists.
+pub(crate) fn pool(given: Option<&Path>) -> Result<PoolClient, Failure> {
+    let path = match given {
+        Some(path) => path.to_owned(),
+        None => {
+            let places = places();
+            places.iter().find(|path| path.exists()).cloned().ok_or_else(|| none_found(&places))?
+        }
+    };
+    let unusable = |error: ClientConfigError| {
+        let message = whimbrel_api::error::chain(&error);
+        Failure::usage(NO_CONTROLLER, message)
+            .hint("`whimbrel --help` tells where this file is looked for")
+    };
+    let config = ClientConfig::load(&path).map_err(unusable)?;
+    PoolClient::from_config(&config).map_err(unusable)
+}
+
+/// Where a `client.toml` is looked for, in this order.
+fn places() -> Vec<PathBuf> {
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".config"));
+    let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).or_else(home);
+    let own = config.map(|folder| folder.join("whimbrel/client.toml"));
+    own.into_iter().chain(["/etc/whimbrel/client.toml".into(), LAB_FILE.into()]).collect()
+}
+
+fn none_found(places: &[PathBuf]) -> Failure {
+    let places: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
+    let message =
+        format!("no client.toml says where the controller is; looked for {}", places.join(", "));
+    Failure::usage(NO_CONTROLLER, message)
+        .hint("start a lab with `whimbrel lab up`, or give the operator's file: --client FILE, or WHIMBREL_CLIENT")
+}
+
+/// The text of a settings file that the user named.
+pub(crate) fn read_bounded(path: &Path) -> Result<String, Failure> {
+    let cannot = |error: std::io::Error| {
+        Failure::usage("bad-path", format!("cannot read {}: {error}", path.display()))
+    };
+    let file = File::open(path).map_err(cannot)?;
+    let mut text = String::new();
+    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(cannot)?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        let message = format!("{} is larger than {FILE_BYTES_MAX} bytes", path.display());
+        return Err(Failure::usage("too-large", message));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm.toml");
+        std::fs::write(&path, "#".repeat(FILE_BYTES_MAX as usize)).unwrap();
+        assert_eq!(read_bounded(&path).unwrap().len() as u64, FILE_BYTES_MAX);
+        std::fs::write(&path, "#".repeat(FILE_BYTES_MAX as usize + 1)).unwrap();
+        assert_eq!(read_bounded(&path).unwrap_err().code, "too-large");
+        assert_eq!(read_bounded(&folder.path().join("none")).unwrap_err().code, "bad-path");
+        assert_eq!(read_bounded(folder.path()).unwrap_err().code, "bad-path");
+    }
+
+    #[test]
+    fn a_file_that_is_none_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("client.toml");
+        std::fs::write(&path, "controller = \"unix:/s\"\ncolour = 1").unwrap();
+        let failure = pool(Some(&path)).unwrap_err();
+        assert!(failure.message.contains("colour"), "{}", failure.message);
+        assert_eq!(failure.exit, crate::failure::Exit::Usage);
+        let failure = pool(Some(&folder.path().join("none"))).unwrap_err();
+        assert!(failure.message.contains("none"), "{}", failure.message);
+    }
+}

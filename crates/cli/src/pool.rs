@@ -1,0 +1,104 @@
+//! `whimbrel pool`: makes a pool, and lets hosts join it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use whimbrel_api::Name;
+use whimbrel_api::pool::NewJoinToken;
+use whimbrel_controller::{InitError, PoolInit, pool_init};
+
+use crate::command::Options;
+use crate::controller::DIR_DEFAULT;
+use crate::failure::{Exit, Failure};
+use crate::{output, values, words};
+
+/// Make a pool, and let hosts join it
+#[derive(Debug, Subcommand)]
+#[command(after_help = "\
+Examples:
+  whimbrel pool init --name main --listen 192.0.2.10:8440
+  whimbrel pool join-token")]
+pub(crate) enum Pool {
+    Init(Init),
+    /// Make a token with which one host can join the pool
+    #[command(after_help = "\
+The token is a secret: who has it becomes a host. It tells the host where the controller is and which authority to trust.
+
+Examples:
+  whimbrel pool join-token
+  whimbrel pool join-token --minutes 60 > token")]
+    JoinToken(NewToken),
+}
+
+/// Make a pool: its certificate authority, its controller's settings, its first operator's file
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The operator's file holds a private key and is all that is needed to command the pool: keep it as such, and copy it to \
+~/.config/whimbrel/client.toml of whoever is to have it. A pool that exists is left as it is.
+
+Examples:
+  whimbrel pool init --name main --listen 192.0.2.10:8440
+  whimbrel pool init --name test --listen 127.0.0.1:8440 --dir /srv/pool --socket controller.sock")]
+pub(crate) struct Init {
+    /// The pool's name
+    #[arg(long, value_parser = values::name)]
+    name: Name,
+    /// The address and port that the controller is to listen on
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: SocketAddr,
+    /// The pool's folder; made if missing
+    #[arg(long, value_name = "FOLDER", default_value = DIR_DEFAULT)]
+    dir: PathBuf,
+    /// A unix socket to listen on too, for commands on the same machine; relative to the folder
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NewToken {
+    /// How long it can be used, in minutes; up to a day
+    #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=1440))]
+    minutes: u32,
+}
+
+impl Pool {
+    pub(crate) async fn run(self, options: &Options) -> Result<(), Failure> {
+        match self {
+            Self::Init(command) => command.run(options),
+            Self::JoinToken(NewToken { minutes }) => {
+                let request = NewJoinToken { ttl_seconds: minutes * 60 };
+                let token = options.pool()?.new_join_token(&request).await?;
+                if options.json {
+                    return output::json(&token);
+                }
+                output::note(&format!("for one host, until {}:", words::moment(token.expires)));
+                output::line(&token.token)
+            }
+        }
+    }
+}
+
+impl Init {
+    fn run(self, options: &Options) -> Result<(), Failure> {
+        let Self { name, listen, dir, socket } = self;
+        let made = pool_init(&PoolInit { dir: dir.clone(), name: name.clone(), listen, socket });
+        let made = made.map_err(|error| match error {
+            InitError::Exists { .. } => Failure {
+                exit: Exit::Refused,
+                code: "exists".to_owned(),
+                ..Failure::failed(error.to_string())
+            },
+            error => Failure::because("no pool was made", &error),
+        })?;
+        if options.json {
+            let (config, client) = (made.config, made.client);
+            return output::json(
+                &serde_json::json!({"name": name, "dir": dir, "config": config, "client": client}),
+            );
+        }
+        output::line(&format!("pool {name} is made in {}", dir.display()))?;
+        output::line(&format!("run it:      whimbrel controller --dir {}", dir.display()))?;
+        output::line(&format!("command it:  whimbrel --client {} host list", made.client.display()))
+    }
+}
