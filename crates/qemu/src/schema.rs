@@ -4,10 +4,13 @@
 //! types that refer to each other by meaningless names; [`Schema`] follows them, [`Features`] is
 //! what the rest of the crate asks.
 
+mod sent;
+
 use std::collections::{BTreeSet, HashMap};
 
 use serde_json::{Value, json};
 
+pub use self::sent::{SENT, Sent};
 use crate::qmp::{Qmp, QmpError};
 
 /// How many types deep an argument may be nested before we stop following the references.
@@ -172,5 +175,49 @@ impl Schema {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schema() -> Schema {
+        Schema::from_list(vec![
+            json!({"name": "migrate", "meta-type": "command", "arg-type": "1"}),
+            json!({"name": "1", "meta-type": "object", "tag": "kind", "members": [
+                {"name": "kind", "type": "2"}, {"name": "list", "type": "3"}],
+                "variants": [{"case": "a", "type": "5"}]}),
+            json!({"name": "2", "meta-type": "enum", "values": ["a", "b"]}),
+            json!({"name": "3", "meta-type": "array", "element-type": "4"}),
+            json!({"name": "4", "meta-type": "object", "members": [{"name": "word", "type": "2"}]}),
+            json!({"name": "5", "meta-type": "object", "members": [{"name": "extra", "type": "str"}]}),
+            json!({"name": "loop", "meta-type": "command", "arg-type": "6"}),
+            json!({"name": "6", "meta-type": "object", "members": [],
+                "variants": [{"case": "a", "type": "6"}]}),
+            json!({"name": "7", "meta-type": "array", "element-type": "7"}),
+            json!({"nameless": true}),
+        ])
+    }
+
+    #[test]
+    fn references_are_followed_through_lists_and_variants() {
+        let schema = schema();
+        assert!(schema.has_command("migrate") && !schema.has_command("1"));
+        assert!(schema.has_argument("migrate", "kind"));
+        assert!(schema.has_argument("migrate", "extra"));
+        assert!(schema.has_argument("migrate", "list/word"));
+        assert!(!schema.has_argument("migrate", "word"));
+        let words: Vec<String> = schema.words("migrate", "list/word").into_iter().collect();
+        assert_eq!(words, ["a", "b"]);
+        assert!(schema.words("migrate", "list").is_empty());
+        assert!(!schema.has_argument("nothing", "at-all"));
+    }
+
+    #[test]
+    fn a_description_that_refers_to_itself_ends() {
+        let schema = schema();
+        assert!(!schema.has_argument("loop", "x"));
+        assert!(schema.element("7").is_none());
     }
 }

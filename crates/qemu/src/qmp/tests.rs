@@ -180,7 +180,8 @@ async fn events_are_told_to_all_readers_and_a_slow_one_learns_that_it_lags() {
 
 #[tokio::test]
 async fn unusable_lines_end_the_session_and_are_named() {
-    let endings: [(Vec<u8>, fn(&SessionEnd) -> bool); 4] = [
+    type Ending = (Vec<u8>, fn(&SessionEnd) -> bool);
+    let endings: [Ending; 4] = [
         (b"no json\n".to_vec(), |end| matches!(end, SessionEnd::NotJson { .. })),
         (b"[1]\n".to_vec(), |end| matches!(end, SessionEnd::NotJson { .. })),
         ([b"[".repeat(100_000), b"\n".to_vec()].concat(), |end| {
