@@ -1,0 +1,278 @@
+//! The VMs of this host: one task each, a queue of orders in front of it, and a typed refusal at once where an order
+//! cannot be taken.
+//!
+//! ```text
+//!              start                    lend
+//!   Stopped ----------> Running --------------------> Lent  (a migration has the RunningVm, by value)
+//!      ^  ^               |  ^ \                        |
+//!      |  '--- stopped ---'  |  \ QMP is silent         | give_back / give_back_ended / forget
+//!      |                     |   v                      v
+//!   Crashed <--- QEMU ended -+  Silent                Running, Stopped, Crashed, or no VM any more
+//! ```
+//!
+//! The task is the only writer of the VM's rows in the ledger and the only one who talks to its QEMU; while the VM is
+//! lent, both are the migration's. [`spawn`] makes and takes down QEMUs with all that belongs to them, [`found`] finds
+//! them again after a restart of the agent. Who may run a guest is read from the ledger and not decided here.
+
+pub mod console;
+mod create;
+pub mod found;
+mod mobility;
+mod order;
+pub mod running;
+pub mod spawn;
+mod start_up;
+mod task;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use whimbrel_api::agent::{Mobility, VmReport};
+use whimbrel_api::vm::{Boot, VmAction, VmDefinition, VmState};
+use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name, VmId};
+
+pub use create::create;
+pub use running::{RunDir, RunningVm, Spawned};
+pub use start_up::find_all;
+pub(crate) use start_up::own_run;
+
+use crate::host::Host;
+use order::{Order, Published};
+
+/// Orders that may wait for a VM's task; one more is refused as `busy`.
+const WAITING_ORDERS_MAX: usize = 8;
+
+/// A VM's task, seen from outside.
+#[derive(Debug, Clone)]
+struct Handle {
+    orders: mpsc::Sender<Order>,
+    published: watch::Receiver<Published>,
+}
+
+/// All VMs of a host.
+#[derive(Debug, Default)]
+pub struct Vms {
+    tasks: Mutex<HashMap<VmId, Handle>>,
+}
+
+impl Vms {
+    /// How every VM is, by name.
+    #[must_use]
+    pub fn reports(&self) -> Vec<VmReport> {
+        let mut reports: Vec<VmReport> =
+            self.tasks().values().map(|task| task.published.borrow().report.clone()).collect();
+        reports.sort_by(|a, b| a.definition.name.cmp(&b.definition.name));
+        reports
+    }
+
+    /// How one VM is.
+    ///
+    /// # Errors
+    /// `not-found`.
+    pub fn report(&self, vm: VmId) -> Result<VmReport, ApiError> {
+        self.task(vm).map(|task| task.published.borrow().report.clone())
+    }
+
+    /// The names of the VMs whose definition fulfils something.
+    pub fn names_where(&self, wanted: impl Fn(&VmDefinition) -> bool) -> Vec<Name> {
+        let reports = self.reports();
+        let definitions = reports.into_iter().map(|report| report.definition);
+        definitions.filter(|found| wanted(found)).map(|found| found.name).collect()
+    }
+
+    /// Starts, stops, pauses or resumes a VM.
+    ///
+    /// # Errors
+    /// A refusal with nothing begun, or what failed.
+    pub async fn act(&self, vm: VmId, action: VmAction, force: bool) -> Result<VmReport, ApiError> {
+        self.order(vm, |reply| match action {
+            VmAction::Start => Order::Start(reply),
+            VmAction::Stop => Order::Stop { force, reply },
+            VmAction::Pause => Order::Pause(reply),
+            VmAction::Resume => Order::Resume(reply),
+        })
+        .await?
+    }
+
+    /// Deletes a stopped VM with its disks. On success this host has only old ownership records of it.
+    ///
+    /// # Errors
+    /// A refusal with nothing begun, or what failed; the VM is stopped then, some of its disks may be gone.
+    pub async fn delete(&self, vm: VmId) -> Result<(), ApiError> {
+        self.order(vm, Order::Delete).await??;
+        self.tasks().remove(&vm);
+        Ok(())
+    }
+
+    /// Lends a running VM to a migration, by value. Until it is given back, all other orders are refused as
+    /// `migrating`, and its rows in the ledger and its QEMU are the migration's.
+    ///
+    /// # Errors
+    /// A refusal with nothing changed: not found, not running, lent already, or not this host's.
+    pub async fn lend(&self, vm: VmId, migration: MigrationId) -> Result<RunningVm, ApiError> {
+        self.order(vm, |reply| Order::Lend { migration, reply }).await?
+    }
+
+    /// Says how a lent VM is, for reports: `Migrating` (as from the beginning) or `Unresolved`.
+    pub async fn loan_news(&self, vm: VmId, news: VmState) {
+        let told = self.order(vm, |reply| Order::LoanNews { news, reply }).await;
+        log_if_failed(vm, told.map(drop));
+    }
+
+    /// Takes a lent VM back. The ledger says `Owned` already, and its QEMU is as the record's intent wants it. Afterwards
+    /// the VM is its task's again.
+    pub async fn give_back(&self, running: RunningVm) {
+        let vm = running.id();
+        let running = Box::new(running);
+        log_if_failed(vm, self.order(vm, |reply| Order::GiveBack { running, reply }).await);
+    }
+
+    /// Takes back a lent VM whose QEMU has ended during the loan, and takes down what was made for it. Afterwards the VM
+    /// is crashed, with the reason, or stopped, if the guest had powered itself off (`crashed` is `None`).
+    pub async fn give_back_ended(&self, vm: VmId, crashed: Option<String>) {
+        log_if_failed(vm, self.order(vm, |reply| Order::GiveBackEnded { crashed, reply }).await);
+    }
+
+    /// Forgets a lent VM that is another host's now: its row and its task go; ownership records and disks stay. Its QEMU
+    /// has been taken down by [`spawn::destroy`]; what is left of the run is taken down here. Unknown VMs are no error.
+    pub async fn forget(&self, vm: VmId) {
+        match self.order(vm, Order::Forget).await {
+            Ok(true) => drop(self.tasks().remove(&vm)),
+            Ok(false) => tracing::error!(%vm, "a VM that is not lent was to be forgotten"),
+            Err(error) if error.code == ErrorCode::NotFound => {}
+            Err(error) => log_if_failed(vm, Err(error)),
+        }
+    }
+
+    /// Takes in a VM that a migration has brought: the ledger says `Owned` already. Afterwards it has a task of its own.
+    ///
+    /// # Errors
+    /// `internal` where the ledger cannot be written; the VM has its task all the same, and a restarted agent finds the
+    /// run by its migration.
+    pub async fn adopt_incoming(
+        &self,
+        host: &Arc<Host>,
+        running: RunningVm,
+    ) -> Result<(), ApiError> {
+        let qemu = &running.qemu;
+        let noted = host.ledger.set_running(&qemu.definition, &qemu.run).await;
+        let (id, definition) = (running.id(), running.qemu.definition.clone());
+        let ownership = running.ownership.clone();
+        self.insert(id, task::run_with(host, definition, ownership, running));
+        Ok(noted?)
+    }
+
+    /// Where a VM's console is, if it has a QEMU.
+    ///
+    /// # Errors
+    /// `not-found`, or `wrong-state` where nothing runs.
+    pub fn console_place(&self, vm: VmId) -> Result<console::Place, ApiError> {
+        let published = self.task(vm)?.published.borrow().clone();
+        published.console.ok_or_else(|| {
+            let state = published.report.state.word();
+            ApiError::new(ErrorCode::WrongState, format!("the VM is {state}: there is no console"))
+        })
+    }
+
+    /// What of a VM matters to whoever wants to move it.
+    ///
+    /// # Errors
+    /// `not-found`, or `engine` where QEMU does not answer.
+    pub async fn mobility(&self, vm: VmId) -> Result<Mobility, ApiError> {
+        let Published { report, machine, .. } = self.task(vm)?.published.borrow().clone();
+        let Some(machine) = machine else {
+            return Ok(Mobility {
+                vm: report,
+                cpu_features: BTreeSet::new(),
+                blockers: Vec::new(),
+            });
+        };
+        mobility::ask(report, &machine).await
+    }
+
+    /// Bounds the logs of all consoles.
+    pub fn bound_console_logs(&self) {
+        let tasks: Vec<Handle> = self.tasks().values().cloned().collect();
+        for task in tasks {
+            let place = task.published.borrow().console.clone();
+            if let Some(place) = place {
+                place.bound_log();
+            }
+        }
+    }
+
+    /// Waits until the QEMUs of an earlier life of the agent are found again or known to be gone, or some time has passed:
+    /// then the tasks go on looking by themselves.
+    pub async fn wait_found(&self, at_most: std::time::Duration) {
+        let tasks: Vec<Handle> = self.tasks().values().cloned().collect();
+        let all = async {
+            for mut task in tasks {
+                let known = |now: &Published| !matches!(now.report.state, VmState::Unknown { .. });
+                // A task that has ended has nothing to be found.
+                let _ = task.published.wait_for(known).await;
+            }
+        };
+        if tokio::time::timeout(at_most, all).await.is_err() {
+            tracing::warn!("not every QEMU has answered yet");
+        }
+    }
+
+    /// Ends all tasks; QEMUs go on. For a graceful end, and for tests that begin anew.
+    pub fn close(&self) {
+        self.tasks().clear();
+    }
+
+    /// Whether a VM has a task.
+    #[must_use]
+    pub fn has(&self, vm: VmId) -> bool {
+        self.tasks().contains_key(&vm)
+    }
+
+    fn insert(&self, vm: VmId, task: Handle) {
+        self.tasks().insert(vm, task);
+    }
+
+    async fn order<T>(
+        &self,
+        vm: VmId,
+        order: impl FnOnce(oneshot::Sender<T>) -> Order,
+    ) -> Result<T, ApiError> {
+        let task = self.task(vm)?;
+        let (reply, answer) = oneshot::channel();
+        task.orders.try_send(order(reply)).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                ApiError::new(ErrorCode::Busy, "the VM has too many orders waiting; try again")
+            }
+            mpsc::error::TrySendError::Closed(_) => ApiError::not_found("VM", vm),
+        })?;
+        answer.await.map_err(|_| ApiError::not_found("VM", vm))
+    }
+
+    fn task(&self, vm: VmId) -> Result<Handle, ApiError> {
+        self.tasks().get(&vm).cloned().ok_or_else(|| ApiError::not_found("VM", vm))
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, HashMap<VmId, Handle>> {
+        // Each change is one call, so the map is whole even after a panic.
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The storages that a definition names.
+#[must_use]
+pub fn storages_of(definition: &VmDefinition) -> BTreeSet<Name> {
+    let disks = definition.disks.iter().map(|disk| disk.file.storage.clone());
+    let mut storages: BTreeSet<Name> = disks.collect();
+    if let Boot::Kernel { kernel, initrd, .. } = &definition.boot {
+        storages.insert(kernel.storage.clone());
+        storages.extend(initrd.iter().map(|file| file.storage.clone()));
+    }
+    storages
+}
+
+fn log_if_failed(vm: VmId, outcome: Result<(), ApiError>) {
+    if let Err(error) = outcome {
+        tracing::error!(%vm, %error, "the VM's task did not take an order of its migration");
+    }
+}
