@@ -34,7 +34,7 @@ fn bridge_uplink_and_tap_come_and_the_tap_goes_with_its_descriptor() {
         let missing = networks.ensure(&blue).await;
         assert!(matches!(missing, Err(NetworkError::NoInterface(_))), "{missing:?}");
 
-        let up0 = rtnetlink::LinkDummy::new("up0").build();
+        let up0 = rtnetlink::LinkVeth::new("up0", "up1").build();
         networks.handle.link().add(up0).execute().await.unwrap();
         let bridge = networks.must_find("wb0").await.unwrap();
         let message = LinkUnspec::new_with_index(bridge.index).mtu(1400).build();
@@ -62,7 +62,7 @@ fn what_is_not_a_bridge_and_who_is_taken_is_said() {
         let networks = Networks::new().unwrap();
         let loopback = networks.ensure(&network("lo", None)).await;
         assert!(matches!(loopback, Err(NetworkError::NotABridge(_))), "{loopback:?}");
-        let up0 = rtnetlink::LinkDummy::new("up0").build();
+        let up0 = rtnetlink::LinkVeth::new("up0", "up1").build();
         networks.handle.link().add(up0).execute().await.unwrap();
         networks.ensure(&network("wb0", Some("up0"))).await.unwrap();
         let taken = networks.ensure(&network("wb1", Some("up0"))).await;
