@@ -380,6 +380,15 @@ mod tests {
     }
 
     #[test]
+    fn a_misplaced_record_is_no_end_of_the_journal() {
+        let image = Image::blank("misplaced", 8);
+        let disk = image.append(20);
+        disk.write(1, &disk.record(90)).unwrap();
+        let report = image.open().unwrap().report();
+        assert_eq!((report.acknowledged, report.first_mismatches), (20, vec![1]));
+    }
+
+    #[test]
     fn a_record_torn_by_a_crash_is_no_mismatch() {
         let image = Image::blank("torn", 8);
         for acknowledged in [0, 3, 20] {

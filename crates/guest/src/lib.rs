@@ -1,8 +1,8 @@
 //! The witness: the static program that is init in the test guest, and knows whether its machine was moved faithfully.
 //!
-//! It fills memory with pages whose content it can predict and dirties them at a chosen rate ([`memory`]), keeps an
-//! fsynced journal on its disk ([`disk`]), watches its clocks ([`clock`]), echoes what a probe sends ([`net`]), and tells
-//! all of it on a TCP port ([`control`]) and on the serial console ([`console`]). Every mismatch is counted and reported
+//! It fills memory with pages whose content it can predict and dirties them at a chosen rate (`memory`), keeps an
+//! fsynced journal on its disk (`disk`), watches its clocks (`clock`), echoes what a probe sends (`net`), and tells
+//! all of it on a TCP port (`control`) and on the serial console (`console`). Every mismatch is counted and reported
 //! to the outside; the guest itself draws no conclusions, and repairs only what would be counted twice.
 //!
 //! [`report`] is what it says and what it can be told, shared with the lab, which is the only one that talks to it.

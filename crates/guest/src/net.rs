@@ -142,10 +142,12 @@ mod tests {
             move || net.stream(served)
         });
         let sent: Vec<u8> = (0_u64..1000).flat_map(u64::to_le_bytes).collect();
-        client.write_all(&sent).unwrap();
-        let mut echoed = vec![0; sent.len()];
-        client.read_exact(&mut echoed).unwrap();
-        assert_eq!(echoed, sent);
+        for part in sent.chunks(4001) {
+            client.write_all(part).unwrap();
+            let mut echoed = vec![0; part.len()];
+            client.read_exact(&mut echoed).unwrap();
+            assert_eq!(echoed, part);
+        }
         client.write_all(&999_u64.to_le_bytes()).unwrap();
         assert!(server.join().unwrap().is_err());
         let report = net.report();

@@ -173,6 +173,13 @@ mod tests {
         let mut stamped = page(&PATTERN, 9, 1);
         PATTERN.content(9, 2).write_stamp(&mut stamped);
         assert_eq!(PATTERN.content(9, 2).first_difference(&stamped), None);
+        let before = page(&PATTERN, 9, 1);
+        let changed = (0..PAGE_WORDS).filter(|index| before.0[*index] != stamped.0[*index]);
+        assert_eq!(
+            changed.collect::<Vec<_>>(),
+            [0, PAGE_WORDS - 1],
+            "a page that is half old is found out"
+        );
     }
 
     #[test]

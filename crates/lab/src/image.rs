@@ -133,6 +133,7 @@ mod tests {
         assert_eq!(text(0..6), "070701");
         assert_eq!(text(14..22), "00002180", "a character device for its owner only");
         assert_eq!((text(78..86), text(86..94)), ("00000005".to_owned(), "00000001".to_owned()));
+        assert_eq!(text(94..102), "0000000c", "the length of the name");
         // 110 bytes of header and 12 of the name, padded to 124.
         assert_eq!(bytes[110..124], *b"dev/console\0\0\0");
         assert_eq!(text(124..130), "070701");

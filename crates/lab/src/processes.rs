@@ -150,6 +150,8 @@ mod tests {
         assert!(process.is_alive());
         let impostor = Process { start_ticks: process.start_ticks + 1, ..process.clone() };
         impostor.signal(Signal::KILL);
+        // A signal that was sent would have this long to arrive.
+        thread::sleep(Duration::from_millis(100));
         assert!(process.is_alive() && !impostor.is_alive());
         process.signal(Signal::KILL);
         wait_for_end(&process, Instant::now() + END_MAX);

@@ -19,6 +19,8 @@ sub put {
 }
 
 if ($command eq 'pool init') {
+    # Long enough to be at work still when its parent is killed.
+    select undef, undef, undef, 0.1;
     mkdir $option{dir} or die "$option{dir}: $!";
     put("$option{dir}/client.toml", '');
     put("$option{dir}/socket", $option{socket});
