@@ -1,4 +1,5 @@
-//! What this crate says of QEMU, tried on each installed version and on pairs of them.
+//! What this crate says of QEMU, tried on each installed version and on pairs of them; and, with
+//! the feature `fake`, on the imitation of each, which has to pass the same tests.
 //!
 //! Engines that are not installed are passed over, unless `WHIMBREL_REQUIRE_ENGINES` is set.
 

@@ -25,23 +25,38 @@ const REQUIRE: &str = "WHIMBREL_REQUIRE_ENGINES";
 const ENGINES_DIR: &str = "/var/tmp/whimbrel-lab/cache/engines";
 const SYSTEM_ENGINE: &str = "/usr/bin/qemu-system-x86_64";
 
-/// The user that the tests' QEMUs run as (`nobody`).
-pub(crate) const USER: UnprivilegedUser = UnprivilegedUser { uid: 65534, gid: 65534 };
+/// The user that the real QEMUs run as (`nobody`).
+const USER: UnprivilegedUser = UnprivilegedUser { uid: 65534, gid: 65534 };
 
 const MEMORY_BYTES: u64 = 64 * 1024 * 1024;
 
 /// No wait of a test is longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// One installed QEMU.
+/// One QEMU, installed or imitated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Engine {
     pub(crate) version: &'static str,
     pub(crate) binary: PathBuf,
+    pub(crate) fake: bool,
 }
 
-/// The engines that are here, oldest first.
+impl Engine {
+    /// The user that it runs as. The imitations stay ours: they may lie in a folder that nobody
+    /// else can enter.
+    pub(crate) fn user(&self) -> Option<UnprivilegedUser> {
+        (!self.fake && rustix::process::getuid().is_root()).then_some(USER)
+    }
+}
+
+/// The engines that are here: the real ones, and with the feature `fake` the imitations, so that
+/// what is tried on the one holds for the other.
 pub(crate) fn engines() -> Vec<Engine> {
+    [real_engines(), fakes::engines()].concat()
+}
+
+/// The real engines that are here, oldest first.
+pub(crate) fn real_engines() -> Vec<Engine> {
     let found: Vec<Engine> = ["7.2", "10.0"].into_iter().filter_map(engine).collect();
     assert!(
         found.len() == 2 || std::env::var_os(REQUIRE).is_none(),
@@ -53,24 +68,60 @@ pub(crate) fn engines() -> Vec<Engine> {
 fn engine(version: &'static str) -> Option<Engine> {
     let unpacked = Path::new(ENGINES_DIR).join(version).join("qemu-system-x86_64");
     if unpacked.exists() {
-        return Some(Engine { version, binary: unpacked });
+        return Some(Engine { version, binary: unpacked, fake: false });
     }
     let output = std::process::Command::new(SYSTEM_ENGINE).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let is_it = text.contains(&format!("version {version}."));
-    is_it.then(|| Engine { version, binary: SYSTEM_ENGINE.into() })
+    is_it.then(|| Engine { version, binary: SYSTEM_ENGINE.into(), fake: false })
 }
 
 /// Every pair of engines that guests are moved between, as (source, destination).
 pub(crate) fn pairs() -> Vec<(Engine, Engine)> {
-    let engines = engines();
     let mut pairs = Vec::new();
-    for (index, source) in engines.iter().enumerate() {
-        for destination in &engines[index..] {
-            pairs.push((source.clone(), destination.clone()));
+    for engines in [real_engines(), fakes::engines()] {
+        for (index, source) in engines.iter().enumerate() {
+            for destination in &engines[index..] {
+                pairs.push((source.clone(), destination.clone()));
+            }
         }
     }
     pairs
+}
+
+#[cfg(not(feature = "fake"))]
+mod fakes {
+    pub(super) fn engines() -> Vec<super::Engine> {
+        Vec::new()
+    }
+}
+
+/// The imitations: the program behind one script a version.
+#[cfg(feature = "fake")]
+mod fakes {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+
+    use super::Engine;
+
+    pub(super) fn engines() -> Vec<Engine> {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let engine = |version| {
+            let binary = dir.join(format!("fake-qemu-{version}"));
+            let program = env!("CARGO_BIN_EXE_fake-qemu");
+            let text = format!("#!/bin/sh\nFAKE_QEMU_VERSION={version} exec {program} \"$@\"\n");
+            if fs::read_to_string(&binary).ok().as_ref() != Some(&text) {
+                // Renamed into place, as another test may be about to run it.
+                let new = tempfile::NamedTempFile::new_in(dir).unwrap();
+                fs::write(new.path(), &text).unwrap();
+                fs::set_permissions(new.path(), fs::Permissions::from_mode(0o755)).unwrap();
+                new.into_temp_path().persist(&binary).unwrap();
+            }
+            Engine { version, binary, fake: true }
+        };
+        ["7.2", "10.0"].map(engine).to_vec()
+    }
 }
 
 /// Bounds a wait.
@@ -82,22 +133,20 @@ pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
 pub(crate) struct Lab {
     pub(crate) dir: TempDir,
     pub(crate) uuid: Uuid,
-    user: Option<UnprivilegedUser>,
 }
 
 impl Lab {
     pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let root = rustix::process::getuid().is_root();
-        let lab = Self { dir, uuid: Uuid::new_v4(), user: root.then_some(USER) };
+        let lab = Self { dir, uuid: Uuid::new_v4() };
         lab.hand_over(lab.dir.path());
         lab
     }
 
     /// Gives a file or folder to QEMU's user.
     pub(crate) fn hand_over(&self, path: &Path) {
-        if let Some(user) = self.user {
-            std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)).unwrap();
+        if rustix::process::getuid().is_root() {
+            std::os::unix::fs::chown(path, Some(USER.uid), Some(USER.gid)).unwrap();
         }
     }
 
@@ -130,7 +179,7 @@ impl Lab {
         let process = Process::spawn(Launch {
             binary: engine.binary.clone(),
             arguments: command_line::arguments(&spec).unwrap(),
-            user: self.user,
+            user: engine.user(),
             inherited: Vec::new(),
             log,
         })

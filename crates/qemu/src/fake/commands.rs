@@ -1,0 +1,374 @@
+//! The commands, as QEMU carries them out or refuses them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::vm::{Migration, Vm};
+use super::{Version, incoming, outgoing};
+use crate::machine::RunState;
+use crate::schema::{SENT, Sent};
+
+/// A line for the client.
+pub(super) struct Answer {
+    pub(super) line: String,
+    /// Whether the program ends after it.
+    pub(super) ends: bool,
+}
+
+/// An error as QMP has it.
+struct Refusal {
+    class: &'static str,
+    description: String,
+}
+
+fn refuse<T>(description: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal { class: "GenericError", description: description.into() })
+}
+
+/// Processor models of the fake, with what the host lacks for them.
+const CPU_MODELS: &[(&str, &[&str])] = &[
+    ("max", &[]),
+    ("qemu64", &[]),
+    ("Nehalem", &[]),
+    ("Westmere", &[]),
+    ("Skylake-Client", &["pcid", "invpcid"]),
+];
+
+/// Features of the fake's best processor.
+const CPU_FEATURES: &[&str] = &["fpu", "sse", "sse2", "ssse3", "sse4.1", "sse4.2", "popcnt", "aes"];
+
+pub(super) async fn run(vm: &Arc<Vm>, command: &Value, negotiated: &mut bool) -> Answer {
+    let verb = command.get("execute").or_else(|| command.get("exec-oob"));
+    let name = verb.and_then(Value::as_str).unwrap_or_default();
+    let arguments = command.get("arguments").cloned().unwrap_or_else(|| json!({}));
+    let result = carry_out(vm, name, &arguments, *negotiated).await;
+    *negotiated |= name == "qmp_capabilities" && result.is_ok();
+    let ends = name == "quit" && result.is_ok();
+    let mut answer = match result {
+        Ok(value) => json!({ "return": value }),
+        Err(Refusal { class, description }) => {
+            json!({ "error": { "class": class, "desc": description } })
+        }
+    };
+    if let Some(id) = command.get("id") {
+        answer["id"] = id.clone();
+    }
+    Answer { line: answer.to_string(), ends }
+}
+
+async fn carry_out(
+    vm: &Arc<Vm>,
+    name: &str,
+    arguments: &Value,
+    negotiated: bool,
+) -> Result<Value, Refusal> {
+    let Some(sent) = SENT.iter().find(|sent| sent.command == name) else {
+        let description = format!("The command {name} has not been found");
+        return Err(Refusal { class: "CommandNotFound", description });
+    };
+    if !negotiated && name != "qmp_capabilities" {
+        let description = "Expecting capabilities negotiation with 'qmp_capabilities'".to_owned();
+        return Err(Refusal { class: "CommandNotFound", description });
+    }
+    check_arguments(vm.version, sent, arguments)?;
+    if let Err(refused) = vm.faults.at(name).await {
+        return refuse(refused.to_string());
+    }
+    if vm.faults.lies_at(name) {
+        return Ok(json!({}));
+    }
+    match name {
+        "query-qmp-schema" => Ok(schema(vm.version)),
+        "query-machines" => Ok(machines(vm.version)),
+        "query-cpu-definitions" => Ok(cpu_definitions()),
+        "query-cpu-model-expansion" => Ok(best_cpu()),
+        "query-uuid" => Ok(json!({ "UUID": vm.options.uuid })),
+        "query-block" => Ok(vm.options.block_nodes.iter().map(block).collect()),
+        "query-jobs" => Ok(json!([])),
+        "query-memory-size-summary" => Ok(json!({ "base-memory": vm.options.memory_bytes })),
+        "query-status" => Ok(status(vm)),
+        "query-migrate" => Ok(query_migrate(vm)),
+        _ => order(vm, name, arguments),
+    }
+}
+
+/// The commands that change something.
+fn order(vm: &Arc<Vm>, name: &str, arguments: &Value) -> Result<Value, Refusal> {
+    match name {
+        "cont" => cont(vm)?,
+        "stop" => stop(vm),
+        "quit" => vm.emit("SHUTDOWN", json!({ "guest": false, "reason": "host-qmp-quit" })),
+        "system_powerdown" => {
+            vm.emit("POWERDOWN", Value::Null);
+            if vm.state().run_state == RunState::Running {
+                vm.emit("SHUTDOWN", json!({ "guest": true, "reason": "guest-shutdown" }));
+                vm.stop_into(RunState::Shutdown);
+            }
+        }
+        "system_reset" => {
+            vm.emit("RESET", json!({ "guest": false, "reason": "host-qmp-system-reset" }))
+        }
+        "object-add" => add_object(vm, arguments)?,
+        "object-del" => {
+            let id = arguments["id"].as_str().unwrap_or_default();
+            if vm.state().objects.remove(id).is_none() {
+                return refuse(format!("object '{id}' not found"));
+            }
+        }
+        "qom-list" => {
+            let state = vm.state();
+            let entry = |id: &String| json!({ "name": id, "type": "child<object>" });
+            return Ok(state.objects.keys().map(entry).collect());
+        }
+        "migrate-set-capabilities" => set_capabilities(vm, arguments)?,
+        "migrate-set-parameters" => {
+            let given = arguments.as_object().cloned().unwrap_or_default();
+            vm.state().parameters.extend(given);
+        }
+        "migrate-incoming" => incoming::listen(vm, arguments).or_else(refuse)?,
+        "migrate" => outgoing::begin(vm, arguments).or_else(refuse)?,
+        "migrate-continue" => migrate_continue(vm)?,
+        "migrate_cancel" => cancel(vm),
+        // Nothing to imitate.
+        _ => {}
+    }
+    Ok(json!({}))
+}
+
+fn check_arguments(version: Version, sent: &Sent, arguments: &Value) -> Result<(), Refusal> {
+    for name in arguments.as_object().into_iter().flat_map(|map| map.keys()) {
+        let is_it = |path: &&str| path.split('/').next() == Some(name);
+        let optional = name == "exit-on-error"
+            && sent.command == "migrate-incoming"
+            && version == Version::V10_0;
+        let known = sent.arguments.iter().any(is_it)
+            || sent.words.iter().any(|(path, _)| is_it(path))
+            || optional;
+        if !known {
+            return refuse(format!("Parameter '{name}' is unexpected"));
+        }
+    }
+    Ok(())
+}
+
+fn status(vm: &Vm) -> Value {
+    let run_state = vm.state().run_state.clone();
+    json!({ "status": run_state.as_wire(), "running": run_state == RunState::Running })
+}
+
+fn cont(vm: &Arc<Vm>) -> Result<(), Refusal> {
+    let mut state = vm.state();
+    match state.run_state {
+        RunState::FinishMigrate => refuse("Migration is not finalized yet"),
+        RunState::Shutdown => refuse("Resetting the Virtual Machine is required"),
+        RunState::InMigrate => {
+            state.autostart = true;
+            Ok(())
+        }
+        _ => {
+            drop(state);
+            vm.take_disks().or_else(refuse)?;
+            vm.resume();
+            Ok(())
+        }
+    }
+}
+
+fn stop(vm: &Vm) {
+    if vm.state().run_state == RunState::Running {
+        vm.stop_into(RunState::Paused);
+    }
+}
+
+fn add_object(vm: &Vm, arguments: &Value) -> Result<(), Refusal> {
+    let id = arguments["id"].as_str().unwrap_or_default().to_owned();
+    if let Some(dir) = arguments["dir"].as_str() {
+        let role = arguments["endpoint"].as_str().unwrap_or_default();
+        let names =
+            ["ca-cert.pem".to_owned(), format!("{role}-cert.pem"), format!("{role}-key.pem")];
+        for name in names {
+            let path = Path::new(dir).join(name);
+            if let Err(error) = std::fs::read(&path) {
+                return refuse(format!("Unable to access credentials {}: {error}", path.display()));
+            }
+        }
+    }
+    let mut state = vm.state();
+    if state.objects.contains_key(&id) {
+        return refuse(format!("attempt to add duplicate property '{id}' to object"));
+    }
+    state.objects.insert(id, arguments.clone());
+    Ok(())
+}
+
+fn set_capabilities(vm: &Vm, arguments: &Value) -> Result<(), Refusal> {
+    let mut state = vm.state();
+    if outgoing::under_way(state.migration.status) {
+        return refuse("There's a migration process in progress");
+    }
+    for entry in arguments["capabilities"].as_array().into_iter().flatten() {
+        let name = entry["capability"].as_str().unwrap_or_default().to_owned();
+        if entry["state"] == json!(true) {
+            state.capabilities.insert(name);
+        } else {
+            state.capabilities.remove(&name);
+        }
+    }
+    Ok(())
+}
+
+fn migrate_continue(vm: &Vm) -> Result<(), Refusal> {
+    let mut state = vm.state();
+    if state.migration.status != "pre-switchover" {
+        let status = state.migration.status;
+        return refuse(format!("Migration not in expected state: {status}"));
+    }
+    state.migration.continued = true;
+    drop(state);
+    vm.ordered.notify_one();
+    Ok(())
+}
+
+fn cancel(vm: &Vm) {
+    let mut state = vm.state();
+    if !outgoing::under_way(state.migration.status) {
+        return;
+    }
+    state.migration.cancelled = true;
+    drop(state);
+    vm.migration_becomes("cancelling");
+    vm.ordered.notify_one();
+}
+
+fn query_migrate(vm: &Vm) -> Value {
+    let state = vm.state();
+    let migration = &state.migration;
+    let mut answer = json!({});
+    if !migration.status.is_empty() {
+        answer["status"] = json!(migration.status);
+    }
+    if let Some(error) = &migration.error {
+        answer["error-desc"] = json!(error);
+    }
+    if let Some(address) = migration.listens_on {
+        let host = address.ip().to_string();
+        let port = address.port().to_string();
+        answer["socket-address"] = json!([{ "type": "inet", "host": host, "port": port }]);
+    }
+    if migration.total_bytes > 0 {
+        answer["ram"] = ram(vm, migration);
+        answer["total-time"] = json!(migration.total_time_ms);
+        answer["expected-downtime"] = json!(state.parameters.get("downtime-limit"));
+        if let Some(downtime) = migration.downtime_ms {
+            answer["downtime"] = json!(downtime);
+        }
+    }
+    answer
+}
+
+fn ram(vm: &Vm, migration: &Migration) -> Value {
+    let seconds = (migration.total_time_ms.max(1)) as f64 / 1000.0;
+    json!({
+        "total": migration.total_bytes,
+        "transferred": migration.transferred_bytes,
+        "remaining": migration.total_bytes.saturating_sub(migration.transferred_bytes),
+        "mbps": migration.transferred_bytes as f64 * 8.0 / 1e6 / seconds,
+        "dirty-pages-rate": vm.faults.setting("dirty-pages-rate", 0),
+        "dirty-sync-count": 1,
+        "page-size": 4096,
+        "normal-bytes": migration.transferred_bytes,
+        "precopy-bytes": migration.transferred_bytes,
+    })
+}
+
+fn block(node: &Value) -> Value {
+    let file = node.pointer("/file/filename").and_then(Value::as_str).unwrap_or_default();
+    let size = std::fs::metadata(file).map(|found| found.len()).unwrap_or(0);
+    json!({
+        "device": "",
+        "qdev": format!("{}-device", node["node-name"].as_str().unwrap_or_default()),
+        "io-status": "ok",
+        "inserted": {
+            "node-name": node["node-name"], "drv": node["driver"], "ro": node["read-only"],
+            "image": { "virtual-size": size },
+        },
+    })
+}
+
+fn machines(version: Version) -> Value {
+    let entry = |(name, alias): &(&str, Option<&str>)| {
+        let mut machine = json!({ "name": name, "cpu-max": 288, "deprecated": false });
+        if let Some(alias) = alias {
+            machine["alias"] = json!(alias);
+        }
+        machine
+    };
+    version.machine_types().iter().map(entry).collect()
+}
+
+fn cpu_definitions() -> Value {
+    let entry = |(name, lacking): &(&str, &[&str])| {
+        json!({
+            "name": name, "unavailable-features": lacking,
+            "migration-safe": *name != "max", "deprecated": false,
+        })
+    };
+    CPU_MODELS.iter().map(entry).collect()
+}
+
+fn best_cpu() -> Value {
+    let on = CPU_FEATURES.iter().map(|feature| ((*feature).to_owned(), json!(true)));
+    let properties: serde_json::Map<String, Value> = on.collect();
+    json!({ "model": { "name": "max", "props": properties } })
+}
+
+/// An argument, possibly a path, and its words if it takes words.
+type Member = (String, Option<&'static [&'static str]>);
+
+/// The description of exactly what this fake takes.
+fn schema(version: Version) -> Value {
+    let mut entities = vec![json!({ "name": "value", "meta-type": "builtin" })];
+    for sent in SENT {
+        let command = sent.command;
+        let mut members: Vec<Member> = Vec::new();
+        members.extend(sent.arguments.iter().map(|path| ((*path).to_owned(), None)));
+        members.extend(sent.words.iter().map(|(path, words)| ((*path).to_owned(), Some(*words))));
+        if command == "migrate-incoming" && version == Version::V10_0 {
+            members.push(("exit-on-error".to_owned(), None));
+        }
+        if command == "migrate" && version == Version::V10_0 {
+            members.push(("channels".to_owned(), None));
+        }
+        let arguments = format!("{command}-arguments");
+        entities.push(json!({ "name": command, "meta-type": "command", "arg-type": arguments }));
+        describe(&mut entities, &arguments, &members);
+    }
+    Value::Array(entities)
+}
+
+/// Describes an object type whose members may be paths.
+fn describe(entities: &mut Vec<Value>, name: &str, members: &[Member]) {
+    let mut listed: Vec<Value> = Vec::new();
+    let mut nested: BTreeMap<&str, Vec<Member>> = BTreeMap::new();
+    for (path, words) in members {
+        if let Some((outer, inner)) = path.split_once('/') {
+            nested.entry(outer).or_default().push((inner.to_owned(), *words));
+            continue;
+        }
+        let mut of_type = "value".to_owned();
+        if let Some(words) = words {
+            of_type = format!("{name}-{path}");
+            entities.push(json!({ "name": of_type, "meta-type": "enum", "values": words }));
+        }
+        listed.push(json!({ "name": path, "type": of_type }));
+    }
+    for (outer, inner) in nested {
+        let of_type = format!("{name}-{outer}");
+        describe(entities, &of_type, &inner);
+        listed.push(json!({ "name": outer, "type": of_type }));
+    }
+    entities.push(json!({ "name": name, "meta-type": "object", "members": listed }));
+}
