@@ -11,7 +11,8 @@ use whimbrel_api::client::PoolClient;
 
 use crate::failure::Failure;
 use crate::{
-    connect, controller, demo, host, lab, migrate, migration, network, pool, runtime, storage, vm,
+    agent, connect, controller, demo, host, lab, migrate, migration, network, pool, runtime,
+    storage, vm,
 };
 
 const AFTER_HELP: &str = "\
@@ -98,6 +99,7 @@ pub(crate) enum Command {
     Storage(storage::Storage),
     #[command(subcommand)]
     Pool(pool::Pool),
+    Agent(Box<agent::Agent>),
     Controller(controller::Controller),
     #[command(subcommand)]
     Lab(lab::Lab),
@@ -115,6 +117,7 @@ pub(crate) fn run(command: Command, options: &Options) -> Result<ExitCode, Failu
         Command::Network(command) => runtime::block_on(command.run(options)).map(done),
         Command::Storage(command) => runtime::block_on(command.run(options)).map(done),
         Command::Pool(command) => runtime::block_on(command.run(options)).map(done),
+        Command::Agent(command) => runtime::serve(command.run()).map(done),
         Command::Controller(command) => runtime::serve(command.run()).map(done),
         Command::Lab(command) => runtime::block_on(command.run(options)),
         Command::Demo(command) => runtime::block_on(command.run(options)).map(done),

@@ -2,6 +2,7 @@
 //!
 //! Here is only the way in and out: reading the arguments, the log, and the exit code. [`command`] has the commands.
 
+mod agent;
 mod command;
 mod connect;
 mod controller;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
 }
 
 fn start_log(line: &CommandLine) {
-    let serves = matches!(line.command, Command::Controller(_));
+    let serves = matches!(line.command, Command::Agent(_) | Command::Controller(_));
     let level = match (line.options.verbose, serves) {
         (0, false) => "error",
         (0, true) => "info",
