@@ -1,0 +1,507 @@
+//! The destination's side of a migration: a stopped QEMU that waits for a guest, and becomes its owner or nothing.
+//!
+//! [`start_target`] is what is prepared, top to bottom; [`Arrival::run`] is the driver of the handoff's rules
+//! ([`whimbrel_migration::handoff::Destination`]). The guest is never started but by the rules' `ContinueGuest`, which comes
+//! after GO and after the `Owned` record is on the disk.
+//!
+//! One try, one QEMU: it is dead after a cancel or a failed load (7.2 exits, 10.0 may linger), and never used again. Whoever
+//! asks while the rules have no answer yet is kept waiting for [`ANSWER_SECONDS`], so that "loaded" and "owned" are told the
+//! moment they are true.
+//!
+//! A source that is not heard of for [`LEASE_SECONDS`] before its GO is given up: nothing waits here for ever.
+//!
+//! Not here: HTTP, the source's side, who may ask (all in [`super`]).
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Interval, MissedTickBehavior, interval, sleep};
+use tracing::{debug, error, info, warn};
+use whimbrel_api::agent::{Handoff, IncomingOffer, IncomingReport, IncomingRequest, Resumed};
+use whimbrel_api::error::chain;
+use whimbrel_api::vm::VmState;
+use whimbrel_api::{ApiError, ErrorCode, MigrationId};
+use whimbrel_migration::handoff::{
+    Action, Destination, DestinationInput, Message, Ownership, RESEND_INTERVAL_MS, Standing,
+};
+use whimbrel_migration::phase::Outcome;
+use whimbrel_pki::identity::qemu_subject;
+use whimbrel_pki::qemu_credentials::{QemuSide, remove_qemu_credentials, write_qemu_credentials};
+use whimbrel_qemu::event::{EventKind, Events};
+use whimbrel_qemu::machine::Status;
+use whimbrel_qemu::migrate::incoming::{
+    self, IncomingError, IncomingSettings, IncomingTls, Loaded,
+};
+use whimbrel_qemu::process::Process;
+use whimbrel_qemu::qmp::QmpError;
+
+use super::{migration_ip, remember_incoming};
+use crate::host::Host;
+use crate::vm::spawn::{Purpose, destroy, spawn};
+use crate::vm::{RunningVm, Spawned};
+
+/// How long a source may be silent before GO, in seconds, until its destination is taken down.
+pub(super) const LEASE_SECONDS: u64 = 60;
+/// How long a question is kept waiting for its answer, in seconds; less than the asker waits.
+const ANSWER_SECONDS: u64 = 3;
+/// How long a killed QEMU may take to be gone, in seconds, before it is looked at again.
+const KILL_SECONDS: u64 = 5;
+
+/// What somebody wants of an arrival.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// The source (or the controller for it) says something and wants the answer.
+    Message(Message, oneshot::Sender<Handoff>),
+    /// Take it down, if GO has not come.
+    Abandon(String),
+}
+
+type Loading = Pin<Box<dyn Future<Output = Result<Loaded, IncomingError>> + Send>>;
+
+/// One VM on its way in.
+pub(super) struct Arrival {
+    host: Arc<Host>,
+    id: MigrationId,
+    request: IncomingRequest,
+    ticket: String,
+    rules: Destination,
+    /// The QEMU, once it has been started.
+    target: Option<Spawned>,
+    loading: Option<Loading>,
+    /// What whoever asked for the preparation gets.
+    offer: watch::Sender<Option<Result<IncomingOffer, ApiError>>>,
+    /// How this side is, for whoever looks.
+    report: watch::Sender<IncomingReport>,
+    /// Who waits for an answer, and since when.
+    waiting: Vec<(Instant, oneshot::Sender<Handoff>)>,
+    /// When the source was last heard.
+    heard: Instant,
+    /// When the guest ran again: here, and by QEMU's own stamp.
+    resumed: Option<(Instant, u64)>,
+    /// The record by which this host owns the VM, once it is on the disk.
+    owned: Option<Ownership>,
+    moved: bool,
+}
+
+/// What an arrival tells to others.
+pub(super) struct Voices {
+    pub(super) offer: watch::Sender<Option<Result<IncomingOffer, ApiError>>>,
+    pub(super) report: watch::Sender<IncomingReport>,
+}
+
+/// A stopped QEMU that listens for exactly one source. On failure nothing is left of it.
+async fn start_target(
+    host: &Arc<Host>,
+    id: MigrationId,
+    request: &IncomingRequest,
+) -> Result<(Spawned, SocketAddr), ApiError> {
+    let target = spawn(host, &request.definition, Purpose::Receive(id)).await?;
+    match listen(host, &target, request).await {
+        Ok(address) => Ok((target, address)),
+        Err(error) => {
+            if let Err(left) = destroy(host, &target).await {
+                warn!(migration = %id, error = %left, "what was prepared is left to the next sweep");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Lets the QEMU listen, with certificates of its own and for one client's name.
+async fn listen(
+    host: &Arc<Host>,
+    target: &Spawned,
+    request: &IncomingRequest,
+) -> Result<SocketAddr, ApiError> {
+    let user = host.qemu_user();
+    let credentials_dir = target.dir.tls_folder();
+    write_qemu_credentials(&host.identity, &credentials_dir, QemuSide::Server, user.uid, user.gid)
+        .map_err(|error| ApiError::internal("QEMU's certificates cannot be laid out", &error))?;
+    let settings = IncomingSettings {
+        address: migration_ip(host).await?,
+        ports: host.config.migration_port_range(),
+        multifd_channels: None,
+        tls: Some(IncomingTls {
+            credentials_dir,
+            authorized_dn: qemu_subject(request.source.as_str()),
+        }),
+    };
+    let listening = incoming::prepare(&target.machine, &settings).await;
+    let listening = listening.map_err(|error| ApiError::new(ErrorCode::Engine, chain(&error)))?;
+    Ok(listening.address)
+}
+
+/// Everything that an arrival listens to.
+struct Ears {
+    orders: mpsc::Receiver<Order>,
+    tick: Interval,
+    /// The end of the QEMU has been told to the rules.
+    deaf_to_qemu: bool,
+}
+
+impl Arrival {
+    pub(super) fn new(
+        host: Arc<Host>,
+        id: MigrationId,
+        (request, ticket): (IncomingRequest, String),
+        rules: Destination,
+        target: Option<Spawned>,
+        Voices { offer, report }: Voices,
+    ) -> Self {
+        let loading = target.as_ref().map(wait_loaded);
+        Self {
+            host,
+            id,
+            request,
+            ticket,
+            rules,
+            target,
+            loading,
+            offer,
+            report,
+            waiting: Vec::new(),
+            heard: Instant::now(),
+            resumed: None,
+            owned: None,
+            moved: false,
+        }
+    }
+
+    /// Brings this side to its end. `first` is what the rules want done first.
+    ///
+    /// Postcondition: the rules are finished. Either this host owns the VM and its task has it, or the QEMU is gone with
+    /// all that was made for it, and this host will never run the guest in this epoch.
+    pub(super) async fn run(mut self, first: Vec<Action>, orders: mpsc::Receiver<Order>) {
+        let mut tick = interval(Duration::from_millis(RESEND_INTERVAL_MS));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ears = Ears { orders, tick, deaf_to_qemu: false };
+        let mut actions = first;
+        loop {
+            self.perform(actions).await;
+            if self.rules.is_finished() {
+                return self.finish().await;
+            }
+            let input = self.listen(&mut ears).await;
+            actions = input.map(|input| self.rules.step(input)).unwrap_or_default();
+        }
+    }
+
+    /// Waits for the next thing that happens; `None` if it means nothing to the rules.
+    async fn listen(&mut self, ears: &mut Ears) -> Option<DestinationInput> {
+        let process = self.target.as_ref().map(|target| target.process.clone());
+        tokio::select! {
+            Some(order) = ears.orders.recv() => Some(self.ordered(order)),
+            loaded = until_loaded(&mut self.loading), if self.loading.is_some() => {
+                self.loading = None;
+                Some(match loaded {
+                    Ok(_) => DestinationInput::Loaded,
+                    Err(error) => DestinationInput::Abandon(chain(&error)),
+                })
+            }
+            () = ended(process), if !ears.deaf_to_qemu && self.target.is_some() => {
+                ears.deaf_to_qemu = true;
+                Some(DestinationInput::QemuGone)
+            }
+            _ = ears.tick.tick() => Some(self.ticked()),
+        }
+    }
+
+    fn ordered(&mut self, order: Order) -> DestinationInput {
+        match order {
+            Order::Message(message, answer) => {
+                self.heard = Instant::now();
+                self.waiting.push((Instant::now(), answer));
+                DestinationInput::Receive(message)
+            }
+            Order::Abandon(why) => DestinationInput::Abandon(why),
+        }
+    }
+
+    /// Lets nobody wait longer than [`ANSWER_SECONDS`], and looks after the lease.
+    fn ticked(&mut self) -> DestinationInput {
+        self.waiting.retain(|(since, _)| since.elapsed() < Duration::from_secs(ANSWER_SECONDS));
+        if self.heard.elapsed() >= Duration::from_secs(LEASE_SECONDS) {
+            self.heard = Instant::now();
+            return DestinationInput::Abandon(format!(
+                "the source was silent for {LEASE_SECONDS} s"
+            ));
+        }
+        DestinationInput::Tick
+    }
+
+    /// Carries actions out, one after the other; what follows from an answer comes before what is left.
+    async fn perform(&mut self, actions: Vec<Action>) {
+        let mut todo = VecDeque::from(actions);
+        while let Some(action) = todo.pop_front() {
+            if let Some(answer) = self.act(action).await {
+                for next in self.rules.step(answer).into_iter().rev() {
+                    todo.push_front(next);
+                }
+            }
+        }
+    }
+
+    async fn act(&mut self, action: Action) -> Option<DestinationInput> {
+        match action {
+            Action::Persist(record) => Some(self.persist(&record).await),
+            Action::StartTarget => self.start_target().await,
+            Action::Send(message) => {
+                self.send(message);
+                None
+            }
+            Action::CloseListeners => Some(self.close_listeners()),
+            Action::ContinueGuest => Some(self.continue_guest().await),
+            Action::KillTarget => self.kill_target().await,
+            Action::Announce => {
+                self.announce();
+                None
+            }
+            Action::Settle(outcome) => {
+                self.settle(&outcome);
+                None
+            }
+            Action::RaiseUnresolved => {
+                error!(migration = %self.id, vm = %self.request.definition.id,
+                    "a guest runs here that this host does not own; it is left alone: an operator must look");
+                None
+            }
+            Action::BeginCopy
+            | Action::StopCopy
+            | Action::ResumeGuest
+            | Action::QuitSource
+            | Action::AcceptCancel
+            | Action::RefuseCancel => {
+                error!(migration = %self.id, "the rules asked the destination for a source's action");
+                None
+            }
+        }
+    }
+
+    async fn persist(&mut self, record: &Ownership) -> DestinationInput {
+        match self.host.ledger.persist(record).await {
+            Ok(()) => {
+                self.owned = matches!(record.standing, Standing::Owned).then(|| record.clone());
+                DestinationInput::Persisted
+            }
+            Err(error) => {
+                warn!(migration = %self.id, error = chain(&error), "the ledger could not be written");
+                DestinationInput::PersistFailed
+            }
+        }
+    }
+
+    async fn start_target(&mut self) -> Option<DestinationInput> {
+        let began = Instant::now();
+        match start_target(&self.host, self.id, &self.request).await {
+            Ok((target, address)) => {
+                self.loading = Some(wait_loaded(&target));
+                self.target = Some(target);
+                let start_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                let agent = self.host.config.advertised();
+                let offer = IncomingOffer { address, agent, ticket: self.ticket.clone(), start_ms };
+                let noted = remember_incoming(
+                    &self.host,
+                    self.id,
+                    &self.request,
+                    &self.ticket,
+                    Some(&offer),
+                )
+                .await;
+                if let Err(error) = noted {
+                    // After a restart of the agent the offer could not be told again; the source then ends the try.
+                    warn!(migration = %self.id, error = chain(&error), "the offer is only in memory");
+                }
+                self.offer.send_replace(Some(Ok(offer)));
+                None
+            }
+            Err(error) => {
+                let why = error.message.clone();
+                self.offer.send_replace(Some(Err(error)));
+                Some(DestinationInput::Abandon(why))
+            }
+        }
+    }
+
+    /// Answers everybody who waits.
+    fn send(&mut self, message: Message) {
+        let resumed = self.resumed.map(|(at, resume_at_us)| Resumed {
+            since_resume_us: u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX),
+            resume_at_us,
+        });
+        for (_, answer) in self.waiting.drain(..) {
+            // Whoever asked may have gone; it asks again.
+            let _gone = answer.send(Handoff { ticket: String::new(), message, resumed });
+        }
+    }
+
+    /// QEMU closes its listener itself once the stream is complete; a port that is still open would let a second stream in.
+    fn close_listeners(&self) -> DestinationInput {
+        let Some(port) = self
+            .offer
+            .borrow()
+            .as_ref()
+            .and_then(|offer| Some(offer.as_ref().ok()?.address.port()))
+        else {
+            return DestinationInput::CloseFailed;
+        };
+        match listens(port) {
+            Ok(false) => DestinationInput::ListenersClosed,
+            Ok(true) => {
+                warn!(migration = %self.id, port, "the migration port is still open although the guest is here");
+                DestinationInput::CloseFailed
+            }
+            Err(error) => {
+                warn!(migration = %self.id, %error, "cannot see which ports are open");
+                DestinationInput::CloseFailed
+            }
+        }
+    }
+
+    /// Lets the guest run. No answer at all means nothing: it is asked again how it is.
+    async fn continue_guest(&mut self) -> DestinationInput {
+        let Some(target) = &self.target else { return DestinationInput::QemuGone };
+        let mut events = target.machine.events();
+        loop {
+            if target.process.exited().is_some() {
+                return DestinationInput::QemuGone;
+            }
+            let told = target.machine.cont().await;
+            let now = Instant::now();
+            match (told, target.machine.status().await) {
+                (Ok(()), _) | (_, Ok(Status { running: true, .. })) => {
+                    self.resumed = Some((now, resume_stamp(&mut events)));
+                    return DestinationInput::Continued;
+                }
+                (Err(QmpError::Refused { .. }), Ok(_)) => return DestinationInput::ContinueFailed,
+                _ => sleep(Duration::from_millis(RESEND_INTERVAL_MS)).await,
+            }
+        }
+    }
+
+    async fn kill_target(&mut self) -> Option<DestinationInput> {
+        let Some(target) = &self.target else { return Some(DestinationInput::QemuGone) };
+        self.loading = None;
+        match target.process.kill_and_wait(Duration::from_secs(KILL_SECONDS)).await {
+            Ok(_) => Some(DestinationInput::QemuGone),
+            Err(error) => {
+                warn!(migration = %self.id, error = chain(&error), "the destination's QEMU is not gone yet");
+                None
+            }
+        }
+    }
+
+    /// Tells the switches where the guest is now. Not awaited: the source's answer comes first.
+    fn announce(&self) {
+        let Some(target) = &self.target else { return };
+        let machine = target.machine.clone();
+        tokio::spawn(async move {
+            if let Err(error) = machine.announce_self().await {
+                debug!(
+                    error = chain(&error),
+                    "QEMU did not announce the guest; the guest does so itself"
+                );
+            }
+        });
+    }
+
+    fn settle(&mut self, outcome: &Outcome) {
+        match outcome {
+            Outcome::Moved => {
+                info!(migration = %self.id, "the guest is this host's");
+                self.moved = true;
+            }
+            Outcome::Stayed { why } => {
+                warn!(migration = %self.id, why, "the guest does not come");
+                self.offer.send_if_modified(|offer| {
+                    let open = offer.is_none();
+                    if open {
+                        *offer = Some(Err(ApiError::new(ErrorCode::Engine, why.clone())));
+                    }
+                    open
+                });
+                self.report.send_replace(IncomingReport::Refused { why: why.clone() });
+            }
+            Outcome::Unresolved { .. } => {}
+        }
+    }
+
+    /// The VM's task gets the VM, or the rest of the try is swept.
+    async fn finish(self) {
+        let id = self.id;
+        match (self.target, self.owned) {
+            (Some(qemu), Some(ownership)) if self.moved => {
+                if let Err(error) = remove_qemu_credentials(&qemu.dir.tls_folder()) {
+                    warn!(migration = %id, error = chain(&error), "QEMU's certificates are left over until its run is swept");
+                }
+                let (vm, epoch) = (ownership.vm, ownership.epoch);
+                if let Err(error) =
+                    self.host.vms.adopt_incoming(&self.host, RunningVm { qemu, ownership }).await
+                {
+                    error!(migration = %id, %error, "the VM runs here, but its row could not be written");
+                }
+                let state =
+                    self.host.vms.report(vm).map_or(VmState::Running, |report| report.state);
+                self.report.send_replace(IncomingReport::Owned { epoch, vm: state });
+            }
+            (Some(target), _) => {
+                if let Err(error) = destroy(&self.host, &target).await {
+                    warn!(migration = %id, %error, "what was prepared is left to the next sweep");
+                }
+            }
+            (None, _) => {}
+        }
+    }
+}
+
+fn wait_loaded(target: &Spawned) -> Loading {
+    let machine = target.machine.clone();
+    Box::pin(async move { incoming::wait_loaded(&machine).await })
+}
+
+/// Resolves when the loading has ended; only asked while there is one.
+async fn until_loaded(loading: &mut Option<Loading>) -> Result<Loaded, IncomingError> {
+    match loading {
+        Some(loading) => loading.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn ended(process: Option<Process>) {
+    match process {
+        Some(process) => {
+            process.wait_exit().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// QEMU's own time of the guest's resumption, microseconds since 1970; 0 if the event was missed.
+fn resume_stamp(events: &mut Events) -> u64 {
+    while let Ok(Some(event)) = events.try_next() {
+        if event.kind == EventKind::Resume {
+            return u64::try_from(event.at.as_micros()).unwrap_or(0);
+        }
+    }
+    0
+}
+
+/// Whether anything in this network namespace listens on a TCP port. Linux' `/proc/net/tcp`: the second column is
+/// `address:port` in hexadecimal, the fourth the state, 0A being LISTEN.
+fn listens(port: u16) -> std::io::Result<bool> {
+    let suffix = format!(":{port:04X}");
+    let on = |table: String| {
+        table.lines().skip(1).any(|line| {
+            let mut columns = line.split_ascii_whitespace().skip(1);
+            columns.next().is_some_and(|local| local.ends_with(&suffix))
+                && columns.nth(1) == Some("0A")
+        })
+    };
+    let v4 = on(std::fs::read_to_string("/proc/net/tcp")?);
+    let v6 = std::fs::read_to_string("/proc/net/tcp6").is_ok_and(on);
+    Ok(v4 || v6)
+}

@@ -1,0 +1,123 @@
+//! The knock: tries the way that QEMU's stream will go, before anything is prepared.
+//!
+//! The destination listens for a moment on a port of the migration range, with the certificate that its QEMU will show; the
+//! source connects with the one that its QEMU will show. So a wrong name, a closed port and a bad certificate are told in
+//! our words in preflight, and not in QEMU's in the middle of a move. One connection, [`KNOCK_SECONDS`], then the port is
+//! free again. Nothing of the VM is involved. Called by [`super`] for the controller.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tracing::debug;
+use whimbrel_api::agent::{KnockAddress, KnockConnect, KnockListen, Reach};
+use whimbrel_api::error::chain;
+use whimbrel_api::{ApiError, ErrorCode};
+use whimbrel_pki::dial::{DialError, Endpoint, connect};
+use whimbrel_pki::identity::qemu_dns_name;
+use whimbrel_pki::tls::{client_config, qemu_server_config};
+use whimbrel_pki::trouble::explain;
+
+use super::migration_ip;
+use crate::host::Host;
+
+/// How long the destination waits for the knock, and the source for the answer, in seconds.
+const KNOCK_SECONDS: u64 = 4;
+/// What the destination says once it knows who knocks: with TLS 1.3 the source learns only by reading whether its own
+/// certificate was accepted.
+const WELCOME: &[u8] = b"whimbrel\n";
+
+/// Opens a port of the migration range for one knock by `request.from`.
+pub(super) async fn listen(
+    host: &Arc<Host>,
+    request: KnockListen,
+) -> Result<KnockAddress, ApiError> {
+    let ip = migration_ip(host).await?;
+    let mut bound = None;
+    for port in host.config.migration_port_range() {
+        if let Ok(listener) = TcpListener::bind(SocketAddr::new(ip, port)).await {
+            bound = Some((listener, port));
+            break;
+        }
+    }
+    let Some((listener, port)) = bound else {
+        let ports = host.config.migration_port_range();
+        return Err(ApiError::new(
+            ErrorCode::NoResources,
+            format!("no port of {}-{} is free on {ip}", ports.start(), ports.end()),
+        ));
+    };
+    let tls = qemu_server_config(&host.identity.qemu_server(), request.from.as_str()).map_err(
+        |error| ApiError::internal("the certificates of this host cannot be used", &error),
+    )?;
+    tokio::spawn(async move {
+        let welcomed = timeout(Duration::from_secs(KNOCK_SECONDS), async {
+            let (stream, _) = listener.accept().await?;
+            drop(listener);
+            welcome(stream, TlsAcceptor::from(tls)).await
+        });
+        match welcomed.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(from = %request.from, %error, "a knock was refused"),
+            Err(_) => debug!(from = %request.from, "nobody knocked"),
+        }
+    });
+    Ok(KnockAddress { host: host.config.migration_host(), port })
+}
+
+async fn welcome(stream: TcpStream, acceptor: TlsAcceptor) -> std::io::Result<()> {
+    let mut stream = acceptor.accept(stream).await?;
+    stream.write_all(WELCOME).await?;
+    stream.shutdown().await
+}
+
+/// Knocks at the destination's port, and says how far that came.
+pub(super) async fn knock(host: &Arc<Host>, request: KnockConnect) -> Result<Reach, ApiError> {
+    let KnockAddress { host: name, port } = request.address;
+    let found =
+        timeout(Duration::from_secs(KNOCK_SECONDS), tokio::net::lookup_host((name.as_str(), port)))
+            .await;
+    let address = match found {
+        Ok(Ok(mut addresses)) => addresses.next(),
+        Ok(Err(error)) => return Ok(Reach::Unresolvable { why: format!("{name}: {error}") }),
+        Err(_) => {
+            return Ok(Reach::Unresolvable {
+                why: format!("{name}: no answer within {KNOCK_SECONDS} s"),
+            });
+        }
+    };
+    let Some(address) = address else {
+        return Ok(Reach::Unresolvable { why: format!("{name} has no address") });
+    };
+    let tls = client_config(&host.identity.qemu_client()).map_err(|error| {
+        ApiError::internal("the certificates of this host cannot be used", &error)
+    })?;
+    let server = qemu_dns_name(request.to.as_str());
+    let knocked = timeout(Duration::from_secs(KNOCK_SECONDS), async {
+        let mut stream = connect(&Endpoint::Tcp(address), &server, Arc::new(tls)).await?;
+        let mut heard = [0; WELCOME.len()];
+        let read = stream.read_exact(&mut heard).await;
+        Ok::<_, DialError>(read.map(|_| heard))
+    });
+    Ok(match knocked.await {
+        Ok(Ok(Ok(heard))) if heard == WELCOME => Reach::Open { address },
+        Ok(Ok(Ok(_))) => {
+            Reach::Untrusted { why: format!("{address} does not speak as a Whimbrel host") }
+        }
+        Ok(Ok(Err(error))) => match explain(&error) {
+            Some(trouble) => Reach::Untrusted { why: format!("{address}: {trouble}") },
+            None => Reach::Untrusted {
+                why: format!("{address} refused this host's certificate: {error}"),
+            },
+        },
+        Ok(Err(error @ DialError::Tls { .. })) => Reach::Untrusted { why: chain(&error) },
+        Ok(Err(error)) => Reach::Closed { why: chain(&error) },
+        Err(_) => {
+            Reach::Closed { why: format!("{address} did not answer within {KNOCK_SECONDS} s") }
+        }
+    })
+}

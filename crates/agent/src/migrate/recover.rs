@@ -1,0 +1,193 @@
+//! After a restart of the agent: every open migration goes on from what the ledger says.
+//!
+//! Nothing is guessed. The request says with whom, the ownership record what may be done, QEMU itself how it is; the rules
+//! ([`whimbrel_migration::handoff::recover`]) make of that what is to be done first. A copy that was under way is given up,
+//! and the guest goes on here; a VM that was released is asked for until its destination answers.
+//!
+//! Called once by [`crate::run`], after the VMs have been found again and before the door opens.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+use whimbrel_api::agent::{
+    IncomingReport, IncomingRequest, OutgoingEnd, OutgoingReport, OutgoingRequest,
+};
+use whimbrel_api::migration::Stay;
+use whimbrel_api::vm::VmState;
+use whimbrel_api::{ApiError, ErrorCode, Phase};
+use whimbrel_migration::handoff::{self, Observed, Ownership, Recovered, Standing};
+use whimbrel_qemu::machine::RunState;
+
+use super::{Incoming, IncomingState, ORDERS_MAX, Outgoing, depart, destination, source};
+use crate::host::Host;
+use crate::ledger::{MigrationRow, RunRecord, Side};
+use crate::vm::found::{Found, find_again};
+use crate::vm::{RunningVm, Spawned};
+
+/// Takes up again what was open when the agent ended.
+///
+/// # Errors
+/// `internal` where the ledger cannot be read. A single migration that cannot be taken up is logged and left as it is.
+pub async fn recover(host: &Arc<Host>) -> Result<(), ApiError> {
+    let runs = host.ledger.runs().await?;
+    for row in host.ledger.migrations(Side::Outgoing).await? {
+        let id = row.id;
+        if let Err(error) = outgoing(host, row, &runs).await {
+            warn!(migration = %id, %error, "an outgoing migration could not be taken up again");
+        }
+    }
+    for row in host.ledger.migrations(Side::Incoming).await? {
+        let id = row.id;
+        if let Err(error) = incoming(host, row, &runs).await {
+            warn!(migration = %id, %error, "an incoming migration could not be taken up again");
+        }
+    }
+    Ok(())
+}
+
+fn unreadable(error: &serde_json::Error) -> ApiError {
+    ApiError::internal("a migration's row in the ledger cannot be read", error)
+}
+
+async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Result<(), ApiError> {
+    let request: OutgoingRequest =
+        serde_json::from_value(row.request).map_err(|error| unreadable(&error))?;
+    let ended: Option<OutgoingReport> =
+        serde_json::from_value(row.state).map_err(|error| unreadable(&error))?;
+    let record = host.ledger.ownership(row.vm, Some(row.id)).await?;
+    let mut report = ended.clone().unwrap_or(OutgoingReport {
+        migration: row.id,
+        vm: row.vm,
+        phase: Phase::Precopy,
+        progress: None,
+        downtime: None,
+        relay: None,
+        end: OutgoingEnd::Open,
+    });
+    let (orders, inbox) = mpsc::channel(ORDERS_MAX);
+    let open = record.as_ref().filter(|record| is_open(record));
+    let Some(open) = open else {
+        if ended.is_none() {
+            report.end = end_of(record.as_ref());
+        }
+        let ended = Outgoing { vm: row.vm, orders, report: watch::Sender::new(report) };
+        host.migrations.open().outgoing.insert(row.id, ended);
+        return Ok(());
+    };
+    if matches!(open.standing, Standing::Released { .. }) {
+        report.phase = Phase::Handoff;
+    }
+    let run = host
+        .ledger
+        .vms()
+        .await?
+        .into_iter()
+        .find(|vm| vm.definition.id == row.vm)
+        .and_then(|vm| vm.run);
+    let run = runs.iter().find(|record| Some(&record.name) == run.as_ref()).cloned();
+    let peer = host.agent_client(&request.destination, &request.offer.agent)?;
+    let report = watch::Sender::new(report);
+    host.migrations
+        .open()
+        .outgoing
+        .insert(row.id, Outgoing { vm: row.vm, orders, report: report.clone() });
+    let (host, open) = (host.clone(), open.clone());
+    tokio::spawn(async move {
+        let (qemu, observed) = look(&host, run.as_ref()).await;
+        info!(migration = %row.id, vm = %row.vm, ?observed, "an outgoing migration is taken up again");
+        if let (Recovered::Source(rules), first) = handoff::recover(&open, observed) {
+            let guest = qemu.map(|qemu| RunningVm { qemu, ownership: open });
+            let departure =
+                source::Departure::new(&host, row.id, request, (rules, guest), peer, report);
+            depart(&host, departure, first, inbox).await;
+        }
+    });
+    Ok(())
+}
+
+fn is_open(record: &Ownership) -> bool {
+    matches!(
+        record.standing,
+        Standing::Leaving { .. } | Standing::Released { .. } | Standing::Expected { .. }
+    )
+}
+
+/// How an outgoing migration ended whose report the agent did not live to write.
+fn end_of(record: Option<&Ownership>) -> OutgoingEnd {
+    match record.map(|record| &record.standing) {
+        Some(Standing::Gone { .. }) => OutgoingEnd::Moved,
+        _ => OutgoingEnd::Stayed {
+            why: Stay::Failed {
+                phase: Phase::Precopy,
+                code: ErrorCode::Internal.as_str().to_owned(),
+                message: "the source's agent was restarted during the copy".to_owned(),
+            },
+        },
+    }
+}
+
+async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Result<(), ApiError> {
+    let request: IncomingRequest =
+        serde_json::from_value(row.request).map_err(|error| unreadable(&error))?;
+    let state: IncomingState =
+        serde_json::from_value(row.state).map_err(|error| unreadable(&error))?;
+    let Some(record) = host.ledger.ownership(row.vm, Some(row.id)).await? else {
+        // It ended before anything was begun.
+        host.ledger.remove_migration(row.id, Side::Incoming).await?;
+        return Ok(());
+    };
+    let (orders, inbox) = mpsc::channel(ORDERS_MAX);
+    let (offer, offered) = watch::channel(state.offer.map(Ok));
+    let first_report = match &record.standing {
+        Standing::Owned => {
+            let vm = host.vms.report(row.vm).map_or(VmState::Stopped, |report| report.state);
+            IncomingReport::Owned { epoch: record.epoch, vm }
+        }
+        Standing::Expected { .. } => IncomingReport::Waiting,
+        _ => IncomingReport::Refused { why: "the destination's agent was restarted".to_owned() },
+    };
+    let (report, reported) = watch::channel(first_report);
+    let source = request.source.clone();
+    let ticket = state.ticket.clone();
+    let known = Incoming { vm: row.vm, source, ticket, orders, offer: offered, report: reported };
+    host.migrations.open().incoming.insert(row.id, known);
+    if !is_open(&record) {
+        return Ok(());
+    }
+    let run = runs.iter().find(|run| run.migration == Some(row.id)).cloned();
+    let host = host.clone();
+    tokio::spawn(async move {
+        let (target, observed) = look(&host, run.as_ref()).await;
+        info!(migration = %row.id, vm = %row.vm, ?observed, "an incoming migration is taken up again");
+        if let (Recovered::Destination(rules), first) = handoff::recover(&record, observed) {
+            let voices = destination::Voices { offer, report };
+            let request = (request, state.ticket);
+            destination::Arrival::new(host, row.id, request, rules, target, voices)
+                .run(first, inbox)
+                .await;
+        }
+    });
+    Ok(())
+}
+
+/// Finds a QEMU again and looks at what its guest does. Waits for one that lives and is silent: what it does is not known,
+/// and nothing may be decided before it is.
+async fn look(host: &Arc<Host>, run: Option<&RunRecord>) -> (Option<Spawned>, Observed) {
+    let Some(run) = run else { return (None, Observed::Gone) };
+    let Found::Alive(qemu) = find_again(host, run).await else { return (None, Observed::Gone) };
+    loop {
+        match qemu.machine.status().await {
+            Ok(status) if status.running => return (Some(*qemu), Observed::Running),
+            Ok(status) if status.run_state == RunState::InMigrate => {
+                return (Some(*qemu), Observed::Incoming);
+            }
+            Ok(_) => return (Some(*qemu), Observed::Stopped),
+            Err(_) if qemu.process.exited().is_some() => return (None, Observed::Gone),
+            Err(_) => {
+                tokio::time::sleep(std::time::Duration::from_millis(handoff::RESEND_INTERVAL_MS))
+                    .await
+            }
+        }
+    }
+}
