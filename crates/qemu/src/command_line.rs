@@ -338,9 +338,12 @@ fn add_disk(
     arguments.pair("-blockdev", node.to_string());
     let mut device = json!({
         "driver": "virtio-blk-pci", "id": format!("{}-device", disk.node), "drive": disk.node,
-        "bus": pci_bus(spec), "addr": address(DISK_FIRST_SLOT, index), "bootindex": index,
-        "write-cache": "on",
+        "bus": pci_bus(spec), "addr": address(DISK_FIRST_SLOT, index), "write-cache": "on",
     });
+    // A kernel given to QEMU takes boot index 0 for itself, and QEMU refuses a second one (7.2, 10.0).
+    if !matches!(spec.boot, Boot::Kernel { .. }) {
+        device["bootindex"] = json!(index);
+    }
     if let Some(serial) = &disk.serial {
         device["serial"] = json!(serial);
     }
