@@ -32,6 +32,10 @@ mod storages;
 pub mod store;
 mod vms;
 
+#[cfg(any(test, feature = "fake"))]
+pub mod fake_agent;
+#[cfg(test)]
+mod tests;
 
 pub use config::{Config, ConfigError};
 pub use controller::{Controller, MovedPlacement, OpenError};

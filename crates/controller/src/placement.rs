@@ -182,7 +182,7 @@ mod tests {
         let both = [old.clone(), new.clone()];
         assert_eq!(choose_machine(&new.report, &both).unwrap(), "pc-q35-7.2");
         // By number, not by letter.
-        assert_eq!(choose_machine(&new.report, &[new.clone()]).unwrap(), "pc-q35-10.0");
+        assert_eq!(choose_machine(&new.report, std::slice::from_ref(&new)).unwrap(), "pc-q35-10.0");
         let foreign = host("c", 1, &["virt-9.0"]);
         assert_eq!(
             choose_machine(&new.report, &[foreign.clone(), new.clone()]).unwrap(),

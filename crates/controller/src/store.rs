@@ -176,3 +176,6 @@ fn to_column(number: u64) -> i64 {
 fn from_column(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,8 @@
+//! The controller as its clients see it: through the real door, with fake hosts behind it.
+
+mod api;
+mod hosts;
+mod joining;
+mod migrations;
+mod rig;
+mod vms;
