@@ -12,7 +12,7 @@ use whimbrel_qemu::migrate::incoming::{self, IncomingError, IncomingSettings};
 use whimbrel_qemu::migrate::outgoing::{self, Cancelled, Outgoing, OutgoingError};
 use whimbrel_qemu::migrate::{MigrationStatus, Statistics};
 
-use crate::rig::{Guest, Lab, event, listening, moved, pairs, slowly_to, soon, to};
+use crate::rig::{Guest, Lab, event, listening, moved, pairs, real_engines, slowly_to, soon, to};
 
 const BOUND: Duration = Duration::from_secs(20);
 
@@ -315,6 +315,19 @@ async fn several_connections_move_a_guest() {
         let mut settings = to(address, None);
         settings.multifd_channels = Some(2);
         moved(&source, &destination, &settings).await;
+    }
+}
+
+/// By default the network is told of the guest as soon as it is loaded, whether or not it will run.
+#[tokio::test]
+async fn a_destination_does_not_announce_by_itself() {
+    for engine in real_engines() {
+        let lab = Lab::new();
+        let destination = lab.start(&engine, "destination", true).await;
+        destination.listens(None).await;
+        let qmp = destination.machine.qmp();
+        let parameters = qmp.execute("query-migrate-parameters", serde_json::Value::Null).await;
+        assert_eq!(parameters.unwrap()["announce-rounds"], 0);
     }
 }
 
