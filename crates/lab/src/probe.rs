@@ -30,6 +30,8 @@ const PIECE_NUMBERS: u64 = 128;
 const LAST_ECHOES: Duration = Duration::from_millis(300);
 /// A stream that stands still longer than this is broken.
 const STALL_MAX: Duration = Duration::from_secs(30);
+/// The probe's threads go before everything else (-20 to 19, 0 is usual): they do little, and measure waiting.
+const PRIORITY: i32 = -20;
 /// How often a thread that waits looks whether it is to stop.
 const STOP_POLL: Duration = Duration::from_millis(50);
 
@@ -178,7 +180,12 @@ impl Drop for Probe {
 
 fn spawn(shared: &Arc<Shared>, work: impl FnOnce(&Shared) + Send + 'static) -> JoinHandle<()> {
     let shared = Arc::clone(shared);
-    thread::spawn(move || work(&shared))
+    thread::spawn(move || {
+        // On Linux this is the priority of the calling thread alone. Without the right to it, the probe sees less well, and
+        // says how well.
+        let _refused = rustix::process::setpriority_process(None, PRIORITY);
+        work(&shared);
+    })
 }
 
 impl Shared {
