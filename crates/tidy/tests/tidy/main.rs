@@ -8,6 +8,7 @@
 //! | no mark of unfinished work, no path of somebody's machine, no room called like nothing | all | [`words`] |
 //! | dependencies point one way, lints and versions are the workspace's | `Cargo.toml` | [`direction`] |
 //! | nothing of an unwelcome licence is linked | `Cargo.lock` | [`licence`] |
+//! | what a page names is in the code, under that name and with that value | `.md` | [`docs`] |
 //!
 //! What broke a rule of size before the rule stood is listed in `ratchet.toml` with its size, which may only shrink. The
 //! rules are functions from text to findings, so that each is also shown a text that breaks it. Nothing here depends on
@@ -15,6 +16,7 @@
 
 mod calls;
 mod direction;
+mod docs;
 mod licence;
 mod sizes;
 mod source;
