@@ -196,7 +196,11 @@ impl Destination {
             }
             State::Refusing { durable, .. } => {
                 *durable = true;
-                self.tell_refusal()
+                let mut actions = self.tell_refusal();
+                if self.maybe_owned && !self.gone {
+                    actions.push(Action::KillTarget);
+                }
+                actions
             }
             _ => Vec::new(),
         }
@@ -246,7 +250,7 @@ impl Destination {
     fn tick(&mut self) -> Vec<Action> {
         let State::Refusing { durable, .. } = self.state else { return Vec::new() };
         let mut actions = Vec::new();
-        if !self.gone {
+        if !self.gone && (durable || !self.maybe_owned) {
             actions.push(Action::KillTarget);
         }
         if !durable {
@@ -303,10 +307,13 @@ impl Destination {
     }
 
     /// Ends the story here: the guest does not run on this host in this epoch.
+    ///
+    /// While our disk may say `Owned`, our QEMU is not killed before it says `Refused`: an agent
+    /// that came back in between would own a guest that it had killed.
     fn refuse(&mut self, why: &str) -> Vec<Action> {
         self.state = State::Refusing { durable: false, told: false, why: why.to_owned() };
         let mut actions = Vec::new();
-        if !self.gone {
+        if !self.gone && !self.maybe_owned {
             actions.push(Action::KillTarget);
         }
         actions.push(self.persist_refused());

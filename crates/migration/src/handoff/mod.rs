@@ -43,38 +43,45 @@
 //! # In doubt
 //! Once `Released` may be on its disk, A does not run the guest again unless B has refused: it
 //! sends GO again at every `Tick`. B answers `Owned`, or `Refused`, which is true for ever because
-//! it is durable or because B's loaded QEMU was killed before it ever ran. Then A takes epoch 6
+//! it is durable or because B's loaded QEMU was killed before it ever ran and before `Owned` was
+//! ever written. Then A takes epoch 6
 //! and resumes. If B stays silent the VM stands still and the driver's `Overdue` raises it to the
 //! operator. A migration that ends before the release also burns its epoch (A goes from 4 to 6),
 //! so an epoch never belongs to two migrations.
 //!
 //! # States of the source
 //! ```text
-//!             Persisted        Completed           Loaded             Persisted
-//!  Recording ----------> Copying -------> Confirming -----> Releasing ----------> InDoubt
-//!      |                   |                  |                 |                 |    |
-//!      | PersistFailed     | Cancel, Fail,    | Cancel, Fail,   | PersistFailed   |    | Owned
-//!      |                   | Refused, died    | Refused         v        Refused  |    v
-//!      |                   |                  |             Retracting            |  Retiring
-//!      v                   v                  v                 |                 v    |
-//!   Staying <---------- (abort: resume at once) <---------------+ <------ Reclaiming   |
-//!      | Persisted Owned{6}                Refused, or Owned{6}   either answer of     |
-//!      v                                   is durable             Persist Owned{6}     v
-//!   Stayed (finished)                                                     Moved (finished)
+//!             Persisted         Completed            Loaded             Persisted
+//!  Recording ----------> Copying --------> Confirming -----> Releasing ----------> InDoubt
+//!      |                    |                  |                 |                 |    |
+//!      | PersistFailed      | Cancel, Fail,    | Cancel, Fail,   | PersistFailed   |    | Owned:
+//!      |                    | Refused,         | Refused,        v                 |    | quit
+//!      |                    | QemuGone         | Unknown     Retracting    Refused |    v
+//!      v                    v                  v              |       |            | Retiring
+//!   (abort: resume at once) ------------------ + -------------+       |            v    |
+//!      |                                         Refused: resume      |      Reclaiming |
+//!      v         PersistFailed (it is refused): resume                |            |    |
+//!   Staying <------------------------------------------------------ / | / ---------+    |
+//!      | Persisted Owned{6}                                           |            |    |
+//!      v                         Persisted Owned{6}: resume           |            |    v
+//!   Stayed (finished) <-----------------------------------------------+------------+  Moved
 //! ```
 //!
 //! # States of the destination
 //! ```text
 //!             Persisted         Loaded          Go           ListenersClosed
-//!  Recording ----------> Preparing ----> Ready -----> Sealing ----------> Taking
-//!      |                   |             |  ^  <-------/ CloseFailed       |   |
-//!      |                   |             |  '------------------------------'   | Persisted
-//!      | PersistFailed     | QemuGone,   | QemuGone,       PersistFailed       v
-//!      v                   v Abandon     v Abandon         ContinueFailed   Starting
-//!   Refusing <--------------------------------------------------------------- |
-//!      | durable, or killed before any Owned was written                      | Continued, QemuGone
-//!      v                                                                      v
-//!   Refusing (has answered) -> Refused (finished)                        Owner (finished)
+//!  Recording ----------> Preparing ----> Ready -----> Sealing ---------------> Taking
+//!      |                   |             |  ^  <--------/ CloseFailed           |   |
+//!      |                   |             |  '---------- PersistFailed ----------+   |
+//!      | PersistFailed     | QemuGone,   | QemuGone,                                | Persisted
+//!      v                   v Abandon     v Abandon              ContinueFailed      v
+//!   Refusing <----------- + <----------- + <----------------------------------- Starting
+//!      | durable; or killed, and no Owned was ever written                          |
+//!      v                                               Continued, or QemuGone: it   |
+//!   Refusing (has answered)                            may have run for an instant  v
+//!      | durable and killed                                              Owner (finished)
+//!      v
+//!   Refusing (finished)
 //! ```
 //!
 //! # What a driver does
@@ -104,7 +111,7 @@
 //! | `Send(message)` | sends it to the peer by any path; does not wait, does not care | – |
 //! | `BeginCopy` (A) | starts QEMU's migration; reports `Completed` when QEMU says `completed` **and** `query-status` says `postmigrate` and all mirror jobs are concluded without error; any failure or deadline is `Fail` | – |
 //! | `StopCopy` (A) | cancels QEMU's migration if one is active and waits for its end; no-op otherwise | – |
-//! | `ResumeGuest` (A) | `cont` unless the guest runs already; tries again until it works or QEMU is gone | – |
+//! | `ResumeGuest` (A, or the owner after a restart) | `cont` unless the guest runs already; tries again until it works or QEMU is gone, and tells the operator meanwhile | – |
 //! | `QuitSource` (A) | ends the source's QEMU, quit then kill; disks stay | – |
 //! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`, after any older one of this VM is gone; reports `Loaded` when the incoming migration is `completed` and the guest stopped; any failure is `Abandon` | – |
 //! | `CloseListeners` (B) | stops the NBD server, checks that nothing listens for this VM any more | `ListenersClosed` or `CloseFailed` |
@@ -113,7 +120,7 @@
 //! | `Announce` (B) | tells the network where the guest is now | – |
 //! | `AcceptCancel`, `RefuseCancel` | answers whoever gave `Cancel` | – |
 //! | `RaiseUnresolved` | reports `Outcome::Unresolved` with the peer to ask, and raises it to the operator; a `Settle` may follow | – |
-//! | `Settle(outcome)` | reports the outcome of the migration | – |
+//! | `Settle(outcome)` | reports the outcome of the migration, which is durable by now | – |
 //!
 //! `QemuGone` is given whenever the host's own QEMU of this VM has ended, asked for or not.
 //! Nobody else may start, continue or kill the VM's QEMU while a machine lives.
@@ -127,7 +134,8 @@
 //!
 //! # After a restart
 //! For every VM: [`recover`] with its current record and what its QEMU is seen to do. It rebuilds
-//! the machine where one is needed and says what to do first.
+//! the machine where one is needed and says what to do first. What is seen must be true: a QEMU
+//! that does not answer is waited for, or killed and waited for, never guessed.
 
 mod destination;
 mod record;
@@ -151,7 +159,9 @@ pub const RESEND_INTERVAL_MS: u64 = 200;
 pub const UNRESOLVED_AFTER_MS: u64 = 5_000;
 
 /// What one agent tells the other. Every message names the claim it is about.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
 #[serde(deny_unknown_fields)]
 pub struct Message {
     /// The VM, the migration and the epoch in question.
@@ -255,7 +265,7 @@ pub fn recover(record: &Ownership, observed: Observed) -> (Recovered, Vec<Action
         Standing::Owned => {
             let stopped = observed == Observed::Stopped && record.intent == Intent::Run;
             let actions =
-                if stopped { vec![Action::ContinueGuest, Action::Announce] } else { Vec::new() };
+                if stopped { vec![Action::ResumeGuest, Action::Announce] } else { Vec::new() };
             (Recovered::Owner, actions)
         }
         Standing::Gone { .. } => (Recovered::Bystander, unless_gone(observed, Action::QuitSource)),

@@ -64,8 +64,8 @@ enum State {
     Retracting,
     /// The destination has refused; the next epoch is being written, then the guest resumes.
     Reclaiming,
-    /// The guest has been resumed; its record is being written.
-    Staying,
+    /// The guest has been resumed; its record is being written, and then the outcome reported.
+    Staying { why: String },
     /// The destination owns the VM; our record is being written.
     Retiring,
     /// Finished: the VM stayed here.
@@ -185,11 +185,12 @@ impl Source {
                 self.state = State::InDoubt { raised: false };
                 vec![self.go()]
             }
-            State::Retracting => self.resume(State::Stayed, LEDGER_FAILED),
-            State::Reclaiming => self.resume(State::Stayed, REFUSED),
-            State::Staying => {
+            State::Retracting => self.resume_and_settle(LEDGER_FAILED),
+            State::Reclaiming => self.resume_and_settle(REFUSED),
+            State::Staying { ref why } => {
+                let report = stayed(why);
                 self.state = State::Stayed;
-                Vec::new()
+                vec![report]
             }
             State::Retiring => {
                 self.state = State::Moved;
@@ -210,7 +211,7 @@ impl Source {
                 self.retract()
             }
             // The destination's refusal is what matters; the record is tried again at every tick.
-            State::Reclaiming => self.resume(State::Staying, REFUSED),
+            State::Reclaiming => self.resume(REFUSED),
             _ => Vec::new(),
         }
     }
@@ -236,7 +237,7 @@ impl Source {
             (State::Copying { .. } | State::Confirming, Body::Refused) => self.abort(REFUSED),
             (State::Confirming, Body::Unknown) => self.abort(NEVER_PREPARED),
             (State::Retracting, Body::Refused) => {
-                let mut actions = self.resume(State::Staying, LEDGER_FAILED);
+                let mut actions = self.resume(LEDGER_FAILED);
                 actions.push(self.persist_owned());
                 actions
             }
@@ -258,7 +259,7 @@ impl Source {
             State::Confirming => vec![self.send(Body::AskLoaded)],
             State::InDoubt { .. } => vec![self.go()],
             State::Retracting => self.retract(),
-            State::Staying => vec![self.persist_owned()],
+            State::Staying { .. } => vec![self.persist_owned()],
             State::Retiring => vec![self.persist_gone()],
             _ => Vec::new(),
         }
@@ -301,20 +302,28 @@ impl Source {
     /// records follow.
     fn abort(&mut self, why: &str) -> Vec<Action> {
         let mut actions = vec![Action::StopCopy];
-        actions.extend(self.resume(State::Staying, why));
+        actions.extend(self.resume(why));
         actions.push(self.send(Body::Abandon));
         actions.push(self.persist_owned());
         actions
     }
 
-    /// The only place from which the guest runs on the source again.
-    fn resume(&mut self, state: State, why: &str) -> Vec<Action> {
-        self.state = state;
-        let mut actions = Vec::new();
+    /// The only place from which the guest runs on the source again. The outcome is reported once
+    /// it is durable: until then a restarted agent may find that nothing was ever begun.
+    fn resume(&mut self, why: &str) -> Vec<Action> {
+        self.state = State::Staying { why: why.to_owned() };
         if self.alive && self.intent == Intent::Run {
-            actions.push(Action::ResumeGuest);
+            vec![Action::ResumeGuest]
+        } else {
+            Vec::new()
         }
+    }
+
+    /// Resumes the guest after its record has been written.
+    fn resume_and_settle(&mut self, why: &str) -> Vec<Action> {
+        let mut actions = self.resume(why);
         actions.push(stayed(why));
+        self.state = State::Stayed;
         actions
     }
 

@@ -1,0 +1,305 @@
+//! Planted bugs: each removes one rule of the machines or of their driver, from outside, by
+//! changing what goes in or comes out. The checker must catch every one, by the invariant named.
+
+use whimbrel_migration::handoff::{
+    Action, Body, DestinationInput, Intent, Message, Ownership, SourceInput, Standing,
+};
+use whimbrel_migration::names::MigrationId;
+
+use super::events::Handoff;
+use super::invariants as i;
+use super::world::{Host, Input, Machine, World, other};
+
+macro_rules! bugs {
+    ($($(#[doc = $what:literal])+ $bug:ident => ($invariant:expr, $tries:literal, $faults:literal),)*) => {
+        /// The rules that can be removed.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Bug {
+            $($(#[doc = $what])+ $bug,)*
+        }
+
+        /// All of them.
+        pub(crate) const ALL_BUGS: &[Bug] = &[$(Bug::$bug,)*];
+
+        impl Bug {
+            /// The invariant that must catch it.
+            pub(crate) const fn caught_by(self) -> &'static str {
+                match self {
+                    $(Self::$bug => $invariant,)*
+                }
+            }
+
+            /// The bounds in which it shows: (migrations, faults).
+            pub(crate) const fn bounds(self) -> (usize, u8) {
+                match self {
+                    $(Self::$bug => ($tries, $faults),)*
+                }
+            }
+
+            /// What is wrong, for people.
+            pub(crate) fn what(self) -> String {
+                match self {
+                    $(Self::$bug => [$($what),+].concat().trim().to_owned(),)*
+                }
+            }
+        }
+    };
+}
+
+bugs! {
+    /// GO is sent before the release is fsynced.
+    GoBeforeFsync => (i::AT_MOST_ONE, 1, 1),
+    /// The release is believed written without an fsync.
+    ReleaseNotSynced => (i::AT_MOST_ONE, 1, 1),
+    /// The source resumes when the destination does not answer.
+    ResumeWithoutRefused => (i::AT_MOST_ONE, 1, 0),
+    /// A restarted source resumes a guest that it had released.
+    RecoveryResumesReleased => (i::AT_MOST_ONE, 1, 1),
+    /// The source resumes at once when writing the release failed.
+    FailedReleaseResumes => (i::NO_RESUME, 1, 1),
+    /// The source releases without knowing that the destination has loaded.
+    ReleaseBeforeLoaded => (i::GO_GATE, 1, 0),
+    /// The source takes any migration's message for its own.
+    SourceTakesAnyMigration => (i::AT_MOST_ONE, 2, 0),
+    /// The destination takes any migration's message for its own: a stale GO starts it.
+    DestinationTakesAnyMigration => (i::AT_MOST_ONE, 2, 1),
+    /// The source's QEMU is ended once GO is sent, not once the VM has arrived.
+    RetiredBeforeOwned => (i::LAST_COPY, 1, 0),
+    /// "Moved" is reported once GO is sent.
+    MovedReportedOnGo => (i::TRUTHFUL, 1, 0),
+    /// A cancel is accepted after the release.
+    CancelAfterRelease => (i::CANCEL, 1, 0),
+    /// A second migration is admitted while one is under way.
+    SecondMigrationAdmitted => (i::ONE_MIGRATION, 2, 0),
+    /// A restarted source abandons the copy but forgets to resume its guest.
+    RecoveryForgetsGuest => (i::ENDS_WELL, 1, 1),
+    /// The destination starts the guest once it is loaded, without GO.
+    StartsWithoutGo => (i::AT_MOST_ONE, 1, 0),
+    /// The destination starts the guest before its ownership is durable.
+    ContinueBeforeOwned => (i::OWNER_RUNS, 1, 0),
+    /// The ownership is believed written without an fsync.
+    OwnedNotSynced => (i::OWNER_RUNS, 1, 0),
+    /// A failed write of the ownership is taken for a good one.
+    FailedOwnedContinues => (i::OWNER_RUNS, 1, 1),
+    /// The destination refuses by killing its QEMU although a failed write may say that it owns.
+    RefusesAfterFailedOwned => (i::REFUSED_FINAL, 1, 1),
+    /// The destination says that it refuses before that is durable or its QEMU killed.
+    RefusedTooSoon => (i::REFUSED_FINAL, 1, 1),
+    /// A late Abandon makes the destination give up what it already owns.
+    AbandonAfterOwned => (i::REFUSED_FINAL, 1, 2),
+    /// A repeated GO starts the guest again.
+    GoTwiceRestarts => (i::AT_MOST_ONE, 2, 0),
+    /// A `cont` without an answer is taken for one that failed.
+    NoAnswerTakenForContinueFailed => (i::NO_STALE, 1, 1),
+    /// A QEMU that died on the destination during `cont` is taken for a refusal.
+    DeathTakenForRefusal => (i::NO_STALE, 1, 1),
+    /// Listeners stay open when the guest starts.
+    ListenersLeftOpen => (i::SEALED, 1, 0),
+    /// A guest paused by its user is told to run.
+    IntentLost => (i::PAUSE_KEPT, 1, 0),
+    /// The destination's QEMU is started before the ledger knows of it.
+    ExpectedNotWritten => (i::JOURNAL_FIRST, 1, 0),
+    /// The destination refuses and leaves its QEMU behind.
+    TargetLeftBehind => (i::ENDS_WELL, 1, 0),
+    /// The ledger keeps one row for each VM: what became of older migrations is forgotten.
+    LedgerKeepsOneRow => (i::TRUTHFUL, 2, 1),
+}
+
+const fn is_released(record: &Ownership) -> bool {
+    matches!(record.standing, Standing::Released { .. })
+}
+
+fn position(actions: &[Action], wanted: impl Fn(&Action) -> bool) -> Option<usize> {
+    actions.iter().position(wanted)
+}
+
+fn sends(actions: &[Action], wanted: impl Fn(Body) -> bool) -> Option<usize> {
+    position(actions, |action| matches!(action, Action::Send(message) if wanted(message.body)))
+}
+
+fn persists(actions: &[Action], wanted: impl Fn(&Ownership) -> bool) -> Option<usize> {
+    position(actions, |action| matches!(action, Action::Persist(record) if wanted(record)))
+}
+
+/// Where the bug sits. Without a bug every one of these does nothing.
+impl Handoff {
+    pub(crate) fn tamper_input(&self, machine: &Machine, input: Input) -> Input {
+        match (self.bug, input) {
+            (
+                Some(Bug::SourceTakesAnyMigration),
+                Input::Source(SourceInput::Receive(Message { body, .. })),
+            ) => {
+                let claim = machine.claim();
+                Input::Source(SourceInput::Receive(Message { claim, body }))
+            }
+            (
+                Some(Bug::DestinationTakesAnyMigration),
+                Input::Destination(DestinationInput::Receive(Message { body, .. })),
+            ) => {
+                let claim = machine.claim();
+                Input::Destination(DestinationInput::Receive(Message { claim, body }))
+            }
+            (Some(Bug::DeathTakenForRefusal), Input::Destination(DestinationInput::QemuGone)) => {
+                let mut after = machine.clone();
+                after.step(Input::Destination(DestinationInput::QemuGone));
+                let died_starting = after.is_finished();
+                Input::Destination(if died_starting {
+                    DestinationInput::ContinueFailed
+                } else {
+                    DestinationInput::QemuGone
+                })
+            }
+            (_, input) => input,
+        }
+    }
+
+    pub(crate) fn tamper_actions(
+        &self,
+        machine: &Machine,
+        input: &Input,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(bug) = self.bug else { return };
+        match (machine, input) {
+            (Machine::Source(_), Input::Source(input)) => {
+                tamper_source(bug, machine, input, actions);
+            }
+            (Machine::Destination(_), Input::Destination(input)) => {
+                tamper_destination(bug, machine, input, actions);
+            }
+            _ => {}
+        }
+    }
+
+    pub(crate) fn tamper_recovery(&self, record: &Ownership, actions: &mut Vec<Action>) {
+        match self.bug {
+            Some(Bug::RecoveryResumesReleased) if is_released(record) => {
+                actions.push(Action::ResumeGuest);
+            }
+            Some(Bug::RecoveryForgetsGuest) => actions.retain(|a| *a != Action::ResumeGuest),
+            _ => {}
+        }
+    }
+
+    pub(crate) fn tamper_message(&self, mut message: Message) -> Message {
+        if let (Some(Bug::IntentLost), Body::Go { intent }) = (self.bug, &mut message.body) {
+            *intent = Intent::Run;
+        }
+        message
+    }
+
+    /// The migration whose machine a message is for.
+    pub(crate) fn route(&self, host: &Host, message: Message) -> MigrationId {
+        let live =
+            host.agent.iter().flat_map(|agent| &agent.machines).find(|machine| match machine {
+                Machine::Source(_) => self.bug == Some(Bug::SourceTakesAnyMigration),
+                Machine::Destination(_) => self.bug == Some(Bug::DestinationTakesAnyMigration),
+            });
+        live.map_or(message.claim.migration, |machine| machine.claim().migration)
+    }
+
+    pub(crate) fn tamper_answer(&self, world: &mut World, host: usize, message: &Message) {
+        if !world.hosts[host].took(message.claim) {
+            return;
+        }
+        let refused = Message { claim: message.claim, body: Body::Refused };
+        let Some(agent) = &mut world.hosts[host].agent else { return };
+        match (self.bug, message.body) {
+            (Some(Bug::GoTwiceRestarts), Body::Go { .. }) => {
+                agent.queue.push_back((None, Action::ContinueGuest));
+            }
+            (Some(Bug::AbandonAfterOwned), Body::Abandon) => {
+                agent.queue.push_back((None, Action::KillTarget));
+                world.net.insert((other(host), refused));
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a record that the driver writes gets to the disk.
+    pub(crate) fn writes(&self, record: &Ownership) -> bool {
+        match self.bug {
+            Some(Bug::ReleaseNotSynced) => !is_released(record),
+            Some(Bug::ExpectedNotWritten) => !matches!(record.standing, Standing::Expected { .. }),
+            Some(Bug::OwnedNotSynced) => record.standing != Standing::Owned,
+            _ => true,
+        }
+    }
+
+    pub(crate) fn takes_failed_write_for_done(&self, record: &Ownership) -> bool {
+        self.bug == Some(Bug::FailedOwnedContinues) && record.standing == Standing::Owned
+    }
+
+    pub(crate) fn tamper_failed_write(&self, world: &mut World, host: usize, record: &Ownership) {
+        let Some(claim) = record.claim().filter(|_| record.standing == Standing::Owned) else {
+            return;
+        };
+        let takes = world.try_of(claim.migration).is_some_and(|one| other(one.from) == host);
+        if self.bug == Some(Bug::RefusesAfterFailedOwned) && takes {
+            world.hosts[host].qemu = None;
+            world.net.insert((other(host), Message { claim, body: Body::Refused }));
+        }
+    }
+}
+
+fn tamper_source(bug: Bug, machine: &Machine, input: &SourceInput, actions: &mut Vec<Action>) {
+    let Machine::Source(source) = machine else { return };
+    let claim = source.claim();
+    let go = sends(actions, |body| matches!(body, Body::Go { .. }));
+    match bug {
+        Bug::GoBeforeFsync => {
+            if let Some(at) = persists(actions, is_released) {
+                let body = Body::Go { intent: Intent::Run };
+                actions.insert(at, Action::Send(Message { claim, body }));
+            }
+        }
+        Bug::ResumeWithoutRefused if go.is_some() && *input == SourceInput::Tick => {
+            actions.push(Action::ResumeGuest);
+        }
+        Bug::RetiredBeforeOwned if go.is_some() => actions.push(Action::QuitSource),
+        Bug::MovedReportedOnGo if go.is_some() => {
+            actions.push(Action::Settle(whimbrel_migration::phase::Outcome::Moved));
+        }
+        Bug::FailedReleaseResumes
+            if *input == SourceInput::PersistFailed && source.is_past_release() =>
+        {
+            actions.insert(0, Action::ResumeGuest);
+        }
+        Bug::ReleaseBeforeLoaded if *input == SourceInput::Completed => {
+            let mut source = source.clone();
+            source.step(SourceInput::Completed);
+            let loaded = Message { claim, body: Body::Loaded };
+            actions.extend(source.step(SourceInput::Receive(loaded)));
+        }
+        Bug::CancelAfterRelease if *actions == [Action::RefuseCancel] => {
+            *actions = vec![Action::AcceptCancel];
+        }
+        _ => {}
+    }
+}
+
+fn tamper_destination(
+    bug: Bug,
+    machine: &Machine,
+    input: &DestinationInput,
+    actions: &mut Vec<Action>,
+) {
+    let claim = machine.claim();
+    match bug {
+        Bug::StartsWithoutGo if *input == DestinationInput::Loaded && !actions.is_empty() => {
+            actions.push(Action::ContinueGuest);
+        }
+        Bug::ContinueBeforeOwned => {
+            if let Some(at) = persists(actions, |record| record.standing == Standing::Owned) {
+                actions.insert(at, Action::ContinueGuest);
+            }
+        }
+        Bug::RefusedTooSoon => {
+            if let Some(at) = position(actions, |action| *action == Action::KillTarget) {
+                actions.insert(at, Action::Send(Message { claim, body: Body::Refused }));
+            }
+        }
+        Bug::TargetLeftBehind => actions.retain(|action| *action != Action::KillTarget),
+        _ => {}
+    }
+}

@@ -1,0 +1,339 @@
+//! What can happen next, and the model for stateright made of it.
+
+use stateright::{Model, Property};
+use whimbrel_migration::handoff::{
+    Claim, Destination, DestinationInput, Intent, Message, Source, SourceInput, Standing,
+};
+use whimbrel_migration::names::MigrationId;
+
+use super::bugs::Bug;
+use super::driver::Run;
+use super::invariants;
+use super::world::{Input, Machine, Qemu, Try, World, host_name, migration_id, other};
+
+/// What is explored: the bounds, and which rule is removed, if any.
+#[derive(Clone, Debug)]
+pub(crate) struct Handoff {
+    /// How many migrations the controller begins, there, back, or again.
+    pub(crate) tries: usize,
+    /// How many faults happen.
+    pub(crate) faults: u8,
+    pub(crate) bug: Option<Bug>,
+}
+
+/// One thing that happens. Hosts are 0 and 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// The controller thinks of a migration away from a host.
+    Ask(usize),
+    /// The controller asks the destination of a migration to prepare.
+    Offer(usize),
+    /// The controller asks the source of a migration to begin.
+    Begin(usize),
+    /// The agent carries out its next action.
+    Run(usize, Run),
+    /// A message arrives.
+    Deliver(usize, Message),
+    /// The source's QEMU on a host has sent everything, and stops its guest.
+    Complete(usize),
+    /// The destination's QEMU on a host has taken in everything.
+    Load(usize),
+    /// The agent learns of `Complete`.
+    SeeCompleted(usize),
+    /// The agent learns of `Load`.
+    SeeLoaded(usize),
+    /// The agent learns that its QEMU is gone.
+    SeeGone(usize),
+    /// The agent's timer.
+    Tick(usize),
+    /// Somebody cancels.
+    Cancel(usize),
+    /// The copy fails.
+    Fail(usize),
+    /// The destination's lease ends.
+    Lease(usize),
+    /// A killed QEMU ends.
+    End(usize),
+    /// A fault: a QEMU ends by itself.
+    Die(usize),
+    /// A fault: an agent ends. What it had not written is lost.
+    Crash(usize),
+    /// A crashed agent comes back.
+    Restart(usize),
+    /// The user starts a crashed VM again, on the host that owns it.
+    Boot(usize),
+}
+
+impl Handoff {
+    pub(crate) fn new(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
+        Self { tries, faults, bug }
+    }
+
+    /// Lets `event` happen; false if it cannot.
+    pub(crate) fn apply(&self, world: &mut World, event: Event) -> bool {
+        match event {
+            Event::Ask(host) => self.ask(world, host),
+            Event::Offer(number) => self.offer(world, number),
+            Event::Begin(number) => self.begin_try(world, number),
+            Event::Run(host, how) => {
+                (how == Run::Well || spend_fault(world)) && self.run(world, host, how)
+            }
+            Event::Deliver(host, message) => {
+                if world.hosts[host].ready().is_none() {
+                    return false;
+                }
+                self.deliver(world, host, message);
+                true
+            }
+            Event::Complete(host) => complete(world, host),
+            Event::Load(host) => load(world, host),
+            Event::SeeCompleted(host) => self.tell_source(world, host, SourceInput::Completed),
+            Event::SeeLoaded(host) => self.tell_destination(world, host, DestinationInput::Loaded),
+            Event::SeeGone(host) => {
+                self.tell_source(world, host, SourceInput::QemuGone)
+                    || self.tell_destination(world, host, DestinationInput::QemuGone)
+            }
+            Event::Tick(host) => {
+                self.tell_source(world, host, SourceInput::Tick)
+                    || self.tell_destination(world, host, DestinationInput::Tick)
+            }
+            Event::Cancel(host) => self.tell_source(world, host, SourceInput::Cancel),
+            Event::Fail(host) => self.tell_source(world, host, SourceInput::Fail("failed".into())),
+            Event::Lease(host) => {
+                self.tell_destination(world, host, DestinationInput::Abandon("lease".into()))
+            }
+            Event::End(host) => {
+                world.hosts[host].qemu = None;
+                true
+            }
+            Event::Die(host) => {
+                world.hosts[host].qemu = None;
+                world.qemu_died = true;
+                spend_fault(world)
+            }
+            Event::Crash(host) => {
+                world.hosts[host].agent = None;
+                spend_fault(world)
+            }
+            Event::Restart(host) => {
+                self.restart(world, host);
+                true
+            }
+            Event::Boot(host) => boot(world, host),
+        }
+    }
+
+    fn ask(&self, world: &mut World, from: usize) -> bool {
+        let Some(current) = world.hosts[from].current().filter(|record| record.may_run()) else {
+            return false;
+        };
+        let migration = migration_id(world.tries.len());
+        let claim = Claim { vm: current.vm, migration, epoch: current.epoch.next() };
+        world.tries.push(Try { claim, from, loaded: false, cancelled: false });
+        true
+    }
+
+    fn offer(&self, world: &mut World, number: usize) -> bool {
+        let Try { claim, from, .. } = world.tries[number];
+        let host = &world.hosts[other(from)];
+        if host.ready().is_none_or(|agent| !agent.machines.is_empty()) {
+            return false;
+        }
+        let spent = host.row(claim.migration).is_some();
+        let Ok((destination, actions)) =
+            Destination::offer(host.current(), spent, claim, host_name(from))
+        else {
+            return false;
+        };
+        self.begin(world, other(from), Machine::Destination(destination), actions);
+        true
+    }
+
+    fn begin_try(&self, world: &mut World, number: usize) -> bool {
+        let Try { claim, from, .. } = world.tries[number];
+        let host = &world.hosts[from];
+        let Some(mut current) = host.current().cloned() else { return false };
+        let mut free = host.ready().is_some_and(|agent| agent.machines.is_empty());
+        if self.bug == Some(Bug::SecondMigrationAdmitted) && current.may_run() {
+            current.standing = Standing::Owned;
+            free = host.ready().is_some();
+        }
+        let spent = host.row(claim.migration).is_some();
+        let to = host_name(other(from));
+        match Source::begin(&current, spent, claim.migration, to) {
+            Ok((source, actions)) if free => {
+                self.begin(world, from, Machine::Source(source), actions);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn tell_source(&self, world: &mut World, host: usize, input: SourceInput) -> bool {
+        let source = machine(world, host, |machine| matches!(machine, Machine::Source(_)));
+        let Some(migration) = source else { return false };
+        let sees = world.hosts[host].qemu.as_ref();
+        let holds = match input {
+            SourceInput::Completed => {
+                sees.is_some_and(|qemu| qemu.completed && qemu.sending == Some(migration))
+            }
+            SourceInput::QemuGone => sees.is_none(),
+            _ => true,
+        };
+        if holds {
+            self.input(world, host, migration, Input::Source(input));
+        }
+        holds
+    }
+
+    fn tell_destination(&self, world: &mut World, host: usize, input: DestinationInput) -> bool {
+        let it = machine(world, host, |machine| matches!(machine, Machine::Destination(_)));
+        let Some(migration) = it else { return false };
+        let sees = world.hosts[host].qemu.as_ref();
+        let holds = match input {
+            DestinationInput::Loaded => {
+                sees.is_some_and(|qemu| qemu.loaded && qemu.incoming == Some(migration))
+            }
+            DestinationInput::QemuGone => sees.is_none(),
+            _ => true,
+        };
+        if holds {
+            self.input(world, host, migration, Input::Destination(input));
+        }
+        holds
+    }
+
+    fn events_of(&self, world: &World, host: usize, events: &mut Vec<Event>) {
+        let fault = world.faults_left > 0;
+        let it = &world.hosts[host];
+        if let Some(qemu) = &it.qemu {
+            if qemu.sending.is_some() && !qemu.completed {
+                events.push(Event::Complete(host));
+            }
+            if qemu.full && !qemu.loaded && !qemu.killed {
+                events.push(Event::Load(host));
+            }
+            if qemu.killed {
+                events.push(Event::End(host));
+            } else if fault {
+                events.push(Event::Die(host));
+            }
+        }
+        let Some(agent) = &it.agent else {
+            // A QEMU that is being killed answers nothing: its end is waited for.
+            if it.qemu.as_ref().is_none_or(|qemu| !qemu.killed) {
+                events.push(Event::Restart(host));
+            }
+            return;
+        };
+        if fault {
+            events.push(Event::Crash(host));
+        }
+        if !agent.queue.is_empty() {
+            events.push(Event::Run(host, Run::Well));
+            if fault {
+                events.extend([Event::Run(host, Run::Fails), Event::Run(host, Run::FailsDone)]);
+            }
+            return;
+        }
+        events.push(Event::Boot(host));
+        let here = |(to, _): &&(usize, Message)| *to == host;
+        events.extend(world.net.iter().filter(here).map(|(_, m)| Event::Deliver(host, *m)));
+        if !agent.machines.is_empty() {
+            events.extend([
+                Event::SeeCompleted(host),
+                Event::SeeLoaded(host),
+                Event::SeeGone(host),
+                Event::Tick(host),
+                Event::Cancel(host),
+                Event::Fail(host),
+                Event::Lease(host),
+            ]);
+        }
+    }
+}
+
+fn spend_fault(world: &mut World) -> bool {
+    match world.faults_left.checked_sub(1) {
+        Some(left) => world.faults_left = left,
+        None => return false,
+    }
+    true
+}
+
+/// The migration of the machine on a ready host that `wanted` picks.
+fn machine(world: &World, host: usize, wanted: impl Fn(&Machine) -> bool) -> Option<MigrationId> {
+    let agent = world.hosts[host].ready()?;
+    agent.machines.iter().find(|machine| wanted(machine)).map(|machine| machine.claim().migration)
+}
+
+fn complete(world: &mut World, host: usize) -> bool {
+    let Some(sender) = &world.hosts[host].qemu else { return false };
+    let (sending, stale) = (sender.sending, sender.stale);
+    let Some(target) = &mut world.hosts[other(host)].qemu else { return false };
+    let waits = target.listening && !target.full && !target.killed;
+    if sending.is_none() || target.incoming != sending || !waits {
+        return false;
+    }
+    target.full = true;
+    target.stale = stale;
+    if let Some(sender) = &mut world.hosts[host].qemu {
+        sender.running = false;
+        sender.completed = true;
+    }
+    true
+}
+
+fn load(world: &mut World, host: usize) -> bool {
+    let Some(qemu) = &mut world.hosts[host].qemu else { return false };
+    qemu.loaded = true;
+    let incoming = qemu.incoming;
+    if let Some(one) = incoming.and_then(|id| world.try_mut(id)) {
+        one.loaded = true;
+    }
+    true
+}
+
+fn boot(world: &mut World, host: usize) -> bool {
+    let it = &world.hosts[host];
+    let owner = it.current().is_some_and(|record| record.standing == Standing::Owned);
+    let idle = it.ready().is_some_and(|agent| agent.machines.is_empty());
+    if !owner || !idle || it.qemu.is_some() {
+        return false;
+    }
+    world.hosts[host].qemu = Some(Qemu { full: true, loaded: true, ..Qemu::default() });
+    if world.intent == Intent::Run {
+        world.run_guest(host);
+    }
+    true
+}
+
+impl Model for Handoff {
+    type State = World;
+    type Action = Event;
+
+    fn init_states(&self) -> Vec<World> {
+        [Intent::Run, Intent::Pause].map(|intent| World::new(intent, self.faults)).into()
+    }
+
+    fn actions(&self, world: &World, events: &mut Vec<Event>) {
+        for host in 0..2 {
+            if world.tries.len() < self.tries {
+                events.push(Event::Ask(host));
+            }
+            self.events_of(world, host, events);
+        }
+        for number in 0..world.tries.len() {
+            events.extend([Event::Offer(number), Event::Begin(number)]);
+        }
+    }
+
+    fn next_state(&self, world: &World, event: Event) -> Option<World> {
+        let mut next = world.clone();
+        (self.apply(&mut next, event) && next != *world).then_some(next)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        invariants::properties()
+    }
+}

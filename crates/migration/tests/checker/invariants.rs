@@ -1,0 +1,220 @@
+//! What must hold: the names are those of the project's list of invariants.
+
+use stateright::Property;
+use whimbrel_migration::handoff::{Body, Intent, Standing};
+
+use super::driver::{Run, refused};
+use super::events::{Event, Handoff};
+use super::world::{Host, World, other};
+
+pub(crate) const AT_MOST_ONE: &str = "I1 AtMostOne";
+pub(crate) const OWNER_RUNS: &str = "I2 OwnerRuns";
+pub(crate) const EPOCHS: &str = "I3 Epochs";
+pub(crate) const NO_RESUME: &str = "I4 NoResume";
+pub(crate) const GO_GATE: &str = "I5 GoGate";
+pub(crate) const REFUSED_FINAL: &str = "I6 RefusedFinal";
+pub(crate) const NO_STALE: &str = "I7 NoStale";
+pub(crate) const LAST_COPY: &str = "I9 LastCopy";
+pub(crate) const CANCEL: &str = "I14 Cancel";
+pub(crate) const ONE_MIGRATION: &str = "I16 OneMigration";
+pub(crate) const SEALED: &str = "I17 Sealed";
+pub(crate) const TRUTHFUL: &str = "I20 TruthfulStatus";
+pub(crate) const PAUSE_KEPT: &str = "I21 PauseKept";
+pub(crate) const JOURNAL_FIRST: &str = "I22 JournalFirst";
+/// I12 Swept, I13 RunsOrTold, I19 ControllerFree and I24 Ends in one: the fair run ends well.
+pub(crate) const ENDS_WELL: &str = "I12 I13 I19 I24 EndsWell";
+
+/// Rounds of the fair run; more would mean that it does not end.
+const FAIR_ROUNDS: usize = 40;
+
+pub(crate) fn properties() -> Vec<Property<Handoff>> {
+    vec![
+        Property::always(AT_MOST_ONE, |_, w: &World| !(w.hosts[0].runs() && w.hosts[1].runs())),
+        Property::always(OWNER_RUNS, |_, w: &World| every_host(w, owner_runs)),
+        Property::always(EPOCHS, |_, w: &World| {
+            !w.broken.contains(EPOCHS) && one_owner_per_epoch(w)
+        }),
+        Property::always(NO_RESUME, |_, w: &World| every_host(w, no_resume)),
+        Property::always(GO_GATE, |_, w: &World| !w.broken.contains(GO_GATE)),
+        Property::always(REFUSED_FINAL, |_, w: &World| refused_final(w)),
+        Property::always(NO_STALE, |_, w: &World| !w.broken.contains(NO_STALE)),
+        Property::always(LAST_COPY, |_, w: &World| !w.broken.contains(LAST_COPY)),
+        Property::always(CANCEL, |_, w: &World| !w.broken.contains(CANCEL) && cancelled_stay(w)),
+        Property::always(ONE_MIGRATION, |_, w: &World| one_migration(w)),
+        Property::always(SEALED, |_, w: &World| {
+            w.hosts.iter().filter_map(|h| h.qemu.as_ref()).all(|q| !q.running || !q.listening)
+        }),
+        Property::always(TRUTHFUL, |_, w: &World| truthful(w)),
+        Property::always(PAUSE_KEPT, |_, w: &World| {
+            w.intent == Intent::Run || !w.hosts.iter().any(Host::runs)
+        }),
+        Property::always(JOURNAL_FIRST, |_, w: &World| w.hosts.iter().all(journal_first)),
+        Property::always(ENDS_WELL, ends_well),
+        // The model is not empty: these things do happen.
+        Property::sometimes("a VM goes there and back", |_, w: &World| {
+            w.hosts[0].runs()
+                && w.hosts[0].current().is_some_and(|r| r.epoch.0 == 3)
+                && w.reported.iter().filter(|(_, _, moved)| *moved).count() >= 2
+        }),
+        Property::sometimes("a released VM stays after a refusal", |_, w: &World| {
+            w.hosts[0].runs() && w.net.iter().any(|(_, m)| matches!(m.body, Body::Go { .. }))
+        }),
+    ]
+}
+
+fn every_host(world: &World, holds: fn(&World, usize) -> bool) -> bool {
+    holds(world, 0) && holds(world, 1)
+}
+
+/// Who runs the guest holds the highest epoch, durably. The one exception: after a refusal the
+/// source resumes even if its own disk is broken; its record then still says `Released`, and
+/// `no_resume` covers it.
+fn owner_runs(world: &World, host: usize) -> bool {
+    let it = &world.hosts[host];
+    if !it.runs() {
+        return true;
+    }
+    let Some(record) = it.current() else { return false };
+    let released = matches!(record.standing, Standing::Released { .. });
+    let newer_elsewhere = world.hosts[other(host)]
+        .current()
+        .is_some_and(|elsewhere| elsewhere.may_run() && elsewhere.epoch >= record.epoch);
+    (record.may_run() || released) && !newer_elsewhere
+}
+
+/// After a release the guest runs here again only if the destination has refused.
+fn no_resume(world: &World, host: usize) -> bool {
+    let it = &world.hosts[host];
+    let Some(record) = it.current().filter(|_| it.runs()) else { return true };
+    match record.standing {
+        Standing::Released { .. } => record.claim().is_some_and(|claim| refused(world, claim)),
+        Standing::Gone { .. } => false,
+        _ => true,
+    }
+}
+
+fn one_owner_per_epoch(world: &World) -> bool {
+    let owned =
+        |host: usize| world.hosts[host].ledger.iter().filter(|row| row.standing == Standing::Owned);
+    !owned(0).any(|row| owned(1).any(|elsewhere| elsewhere.epoch == row.epoch))
+}
+
+fn refused_final(world: &World) -> bool {
+    world.net.iter().filter(|(_, message)| message.body == Body::Refused).all(|(to, message)| {
+        let destination = &world.hosts[other(*to)];
+        let running = destination
+            .qemu
+            .as_ref()
+            .is_some_and(|q| q.running && q.incoming == Some(message.claim.migration));
+        !running && !destination.took(message.claim)
+    })
+}
+
+fn cancelled_stay(world: &World) -> bool {
+    world
+        .tries
+        .iter()
+        .filter(|one| one.cancelled)
+        .all(|one| !world.hosts[other(one.from)].took(one.claim))
+}
+
+fn one_migration(world: &World) -> bool {
+    let leaving = |host: &&Host| {
+        host.current().is_some_and(|record| matches!(record.standing, Standing::Leaving { .. }))
+    };
+    let crowded = |host: &Host| host.agent.as_ref().is_some_and(|agent| agent.machines.len() > 1);
+    world.hosts.iter().filter(leaving).count() <= 1 && !world.hosts.iter().any(crowded)
+}
+
+/// "Moved" is reported only once the destination owns the VM for ever, "stayed" only if it never
+/// will.
+fn truthful(world: &World) -> bool {
+    world.reported.iter().all(|(migration, _, moved)| {
+        let Some(one) = world.try_of(*migration) else { return false };
+        let row = world.hosts[other(one.from)].row(*migration);
+        row.is_some_and(|row| row.standing == Standing::Owned) == *moved
+    })
+}
+
+/// A QEMU that was started for a migration is in the ledger.
+fn journal_first(host: &Host) -> bool {
+    let incoming = host.qemu.as_ref().and_then(|qemu| qemu.incoming);
+    incoming.is_none_or(|migration| host.row(migration).is_some())
+}
+
+/// From here, when faults stop and the controller is gone for good, a fair run ends well.
+///
+/// States in which something is half done are skipped: what they lead to is a state of its own.
+fn ends_well(model: &Handoff, world: &World) -> bool {
+    let settled = world
+        .hosts
+        .iter()
+        .all(|host| host.ready().is_some() && host.qemu.as_ref().is_none_or(|qemu| !qemu.killed));
+    if !settled {
+        return true;
+    }
+    let mut world = world.clone();
+    world.faults_left = 0;
+    let mut patience_ended = false;
+    for _ in 0..FAIR_ROUNDS {
+        let before = world.clone();
+        fair_round(model, &mut world);
+        if world == before {
+            if patience_ended {
+                return ended_well(&world);
+            }
+            // The copy's deadline and the destination's lease.
+            patience_ended = true;
+            for host in 0..2 {
+                happen(model, &mut world, Event::Fail(host));
+                happen(model, &mut world, Event::Lease(host));
+            }
+        }
+    }
+    false
+}
+
+fn fair_round(model: &Handoff, world: &mut World) {
+    for host in 0..2 {
+        if world.hosts[host].qemu.as_ref().is_some_and(|qemu| qemu.killed) {
+            happen(model, world, Event::End(host));
+        }
+        if world.hosts[host].agent.is_none() {
+            happen(model, world, Event::Restart(host));
+        }
+        happen(model, world, Event::Complete(host));
+        if world.hosts[host].qemu.as_ref().is_some_and(|qemu| qemu.full) {
+            happen(model, world, Event::Load(host));
+        }
+        for event in [Event::SeeGone, Event::SeeCompleted, Event::SeeLoaded, Event::Tick] {
+            happen(model, world, event(host));
+        }
+    }
+    for (host, message) in world.net.clone() {
+        happen(model, world, Event::Deliver(host, message));
+    }
+}
+
+/// Lets an event happen, if it can, and all that follows from it by itself.
+fn happen(model: &Handoff, world: &mut World, event: Event) {
+    let _possible = model.apply(world, event);
+    for host in 0..2 {
+        while world.hosts[host].agent.as_ref().is_some_and(|agent| !agent.queue.is_empty()) {
+            let _done = model.apply(world, Event::Run(host, Run::Well));
+        }
+    }
+}
+
+/// One host owns the VM, its guest is as its user wants it (or has died by a fault, at its owner),
+/// and nothing else is left.
+fn ended_well(world: &World) -> bool {
+    let idle = |host: &Host| host.ready().is_some_and(|agent| agent.machines.is_empty());
+    let owns = |host: &Host| host.current().is_some_and(|r| r.standing == Standing::Owned);
+    let [a, b] = &world.hosts;
+    let (owner, bystander) = if owns(a) { (a, b) } else { (b, a) };
+    let guest = match &owner.qemu {
+        None => world.qemu_died,
+        Some(qemu) => qemu.loaded && !qemu.stale && qemu.running == (world.intent == Intent::Run),
+    };
+    idle(a) && idle(b) && owns(owner) && !bystander.may_run() && bystander.qemu.is_none() && guest
+}

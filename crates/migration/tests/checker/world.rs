@@ -1,0 +1,209 @@
+//! What there is: hosts, ledgers, QEMUs, agents, the network.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use whimbrel_migration::handoff::{
+    self, Action, Claim, Destination, DestinationInput, Intent, Message, Observed, Ownership,
+    Source, SourceInput, Standing,
+};
+use whimbrel_migration::names::{MigrationId, Name, VmId};
+
+/// Everything, at one instant.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct World {
+    /// What the VM's user wants; fixed for a run.
+    pub(crate) intent: Intent,
+    pub(crate) hosts: [Host; 2],
+    /// The migrations that the controller has thought of so far.
+    pub(crate) tries: Vec<Try>,
+    /// Every message ever sent, with the host it is for: each may arrive never, late, often.
+    pub(crate) net: BTreeSet<(usize, Message)>,
+    pub(crate) faults_left: u8,
+    /// A QEMU has died by itself.
+    pub(crate) qemu_died: bool,
+    /// Invariants that were broken at some moment, rather than in a state.
+    pub(crate) broken: BTreeSet<&'static str>,
+    /// Which outcome was reported by which host: (migration, host, moved).
+    pub(crate) reported: BTreeSet<(MigrationId, usize, bool)>,
+}
+
+/// A migration, as the controller thought of it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Try {
+    pub(crate) claim: Claim,
+    pub(crate) from: usize,
+    /// The destination's QEMU held everything at some time.
+    pub(crate) loaded: bool,
+    /// A cancel was accepted.
+    pub(crate) cancelled: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Host {
+    /// Durable: one row for each (vm, migration).
+    pub(crate) ledger: Vec<Ownership>,
+    /// The VM's QEMU on this host.
+    pub(crate) qemu: Option<Qemu>,
+    /// None while crashed.
+    pub(crate) agent: Option<Agent>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Qemu {
+    /// The migration for whose incoming side it was started.
+    pub(crate) incoming: Option<MigrationId>,
+    /// The stream has been received to its end.
+    pub(crate) full: bool,
+    /// It holds a whole guest.
+    pub(crate) loaded: bool,
+    pub(crate) listening: bool,
+    pub(crate) running: bool,
+    /// Its guest's memory is older than what has been executed elsewhere since.
+    pub(crate) stale: bool,
+    /// SIGKILL is on its way.
+    pub(crate) killed: bool,
+    /// The migration that it sends.
+    pub(crate) sending: Option<MigrationId>,
+    /// It has sent everything, and stands still.
+    pub(crate) completed: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Agent {
+    /// Unfinished machines, by the rules at most one.
+    pub(crate) machines: Vec<Machine>,
+    /// Actions to carry out, with the migration whose machine wants the answer.
+    pub(crate) queue: VecDeque<(Option<MigrationId>, Action)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Machine {
+    Source(Source),
+    Destination(Destination),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Input {
+    Source(SourceInput),
+    Destination(DestinationInput),
+}
+
+pub(crate) fn host_name(host: usize) -> Name {
+    Name::new(["a", "b"][host]).expect("a good name")
+}
+
+pub(crate) const fn other(host: usize) -> usize {
+    1 - host
+}
+
+pub(crate) fn migration_id(number: usize) -> MigrationId {
+    MigrationId::from(uuid::Uuid::from_u128(number as u128 + 1))
+}
+
+impl Machine {
+    pub(crate) const fn claim(&self) -> Claim {
+        match self {
+            Self::Source(source) => source.claim(),
+            Self::Destination(destination) => destination.claim(),
+        }
+    }
+
+    pub(crate) const fn is_finished(&self) -> bool {
+        match self {
+            Self::Source(source) => source.is_finished(),
+            Self::Destination(destination) => destination.is_finished(),
+        }
+    }
+
+    pub(crate) fn step(&mut self, input: Input) -> Vec<Action> {
+        match (self, input) {
+            (Self::Source(source), Input::Source(input)) => source.step(input),
+            (Self::Destination(destination), Input::Destination(input)) => destination.step(input),
+            (machine, input) => unreachable!("{input:?} for {machine:?}"),
+        }
+    }
+}
+
+impl World {
+    /// The VM was created on host 0 and is as its user wants it.
+    pub(crate) fn new(intent: Intent, faults: u8) -> Self {
+        let vm = VmId::from(uuid::Uuid::from_u128(0xa));
+        let qemu =
+            Qemu { full: true, loaded: true, running: intent == Intent::Run, ..Qemu::default() };
+        let host = |ledger, qemu| Host { ledger, qemu, agent: Some(Agent::default()) };
+        Self {
+            intent,
+            hosts: [host(vec![Ownership::created(vm, intent)], Some(qemu)), host(vec![], None)],
+            tries: Vec::new(),
+            net: BTreeSet::new(),
+            faults_left: faults,
+            qemu_died: false,
+            broken: BTreeSet::new(),
+            reported: BTreeSet::new(),
+        }
+    }
+
+    pub(crate) fn try_of(&self, migration: MigrationId) -> Option<&Try> {
+        self.tries.iter().find(|one| one.claim.migration == migration)
+    }
+
+    pub(crate) fn try_mut(&mut self, migration: MigrationId) -> Option<&mut Try> {
+        self.tries.iter_mut().find(|one| one.claim.migration == migration)
+    }
+
+    /// The guest runs on `host` from now on: whatever any other QEMU holds is old.
+    pub(crate) fn run_guest(&mut self, host: usize) {
+        if let Some(elsewhere) = &mut self.hosts[other(host)].qemu {
+            elsewhere.stale |= elsewhere.full && !elsewhere.running;
+        }
+        let Some(qemu) = &mut self.hosts[host].qemu else { return };
+        if qemu.stale {
+            self.broken.insert(super::invariants::NO_STALE);
+        }
+        qemu.running = true;
+    }
+}
+
+impl Host {
+    pub(crate) fn current(&self) -> Option<&Ownership> {
+        handoff::current(&self.ledger)
+    }
+
+    pub(crate) fn may_run(&self) -> bool {
+        self.current().is_some_and(Ownership::may_run)
+    }
+
+    pub(crate) fn row(&self, migration: MigrationId) -> Option<&Ownership> {
+        self.ledger.iter().find(|row| row.migration == Some(migration))
+    }
+
+    /// Whether this host durably owns, or owned, the VM by `claim`.
+    pub(crate) fn took(&self, claim: Claim) -> bool {
+        self.row(claim.migration)
+            .is_some_and(|row| row.standing == Standing::Owned && row.claim() == Some(claim))
+    }
+
+    pub(crate) fn write(&mut self, record: Ownership) {
+        self.ledger.retain(|row| row.migration != record.migration);
+        self.ledger.push(record);
+        self.ledger.sort_by_key(|row| row.migration);
+    }
+
+    pub(crate) fn runs(&self) -> bool {
+        self.qemu.as_ref().is_some_and(|qemu| qemu.running)
+    }
+
+    pub(crate) fn observe(&self) -> Observed {
+        match &self.qemu {
+            None => Observed::Gone,
+            Some(qemu) if qemu.running => Observed::Running,
+            Some(qemu) if qemu.loaded => Observed::Stopped,
+            Some(_) => Observed::Incoming,
+        }
+    }
+
+    /// The agent, if it is up and takes inputs: its queue of actions is empty.
+    pub(crate) fn ready(&self) -> Option<&Agent> {
+        self.agent.as_ref().filter(|agent| agent.queue.is_empty())
+    }
+}
