@@ -3,9 +3,10 @@
 //! The calls of the public API are in the modules named after what they are about; this one decides nothing.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
+use tokio::time::timeout;
 use whimbrel_api::agent::VmReport;
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::event::Event;
@@ -22,7 +23,10 @@ use crate::contact;
 use crate::events::Events;
 use crate::hosts::Hosts;
 use crate::migrate::Running;
-use crate::store::{PlacementMove, Store, StoreError, VmRow};
+use crate::store::{PlacementMove, Store, StoreError, VmRow, is_active};
+
+/// How long a VM's new host is asked how the VM is, in seconds, before the next round is left to find out.
+const MOVED_ANSWER_SECONDS: u64 = 2;
 
 /// A running controller.
 #[derive(Debug)]
@@ -205,6 +209,11 @@ impl Controller {
     /// Writes a migration's record down, and then tells everybody.
     pub async fn save_migration(&self, record: &Migration) -> Result<(), ApiError> {
         self.store.save_migration(record).await?;
+        if !is_active(&record.state) {
+            // Both know something new of the VM.
+            let ends = [self.hosts.get(&record.source), self.hosts.get(&record.destination)];
+            ends.into_iter().flatten().for_each(|member| member.nudge());
+        }
         self.events.publish(Event::Migration { migration: record.clone() });
         Ok(())
     }
@@ -218,13 +227,18 @@ impl Controller {
         }
         let Some(row) = self.store.vm(*vm).await? else { return Ok(PlacementMove::NoVm) };
         let member = self.hosts.get(host)?;
-        if let Some(state) = state {
-            member.note_vm(VmReport {
+        // Else the VM would be told as unknown until the next round.
+        let asked = member.agent();
+        let answer = timeout(Duration::from_secs(MOVED_ANSWER_SECONDS), asked.vm(*vm)).await;
+        match (answer, state) {
+            (Ok(Ok(report)), _) => member.note_vm(report),
+            (_, Some(state)) => member.note_vm(VmReport {
                 definition: row.definition.clone(),
                 state: state.clone(),
                 epoch: *epoch,
                 engine: None,
-            });
+            }),
+            (_, None) => {}
         }
         // The destination may have spoken of the VM before it was placed there; then its definition was not taken over.
         if let Some(report) = member.vm_report(*vm) {

@@ -75,22 +75,32 @@ pub enum RunError {
 
 /// Runs a pool's controller until SIGTERM or SIGINT.
 pub async fn run(config: Config) -> Result<(), RunError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
+    let signalled = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    run_until(config, signalled).await
+}
+
+/// Runs a pool's controller until `ended`.
+pub(crate) async fn run_until(
+    config: Config,
+    ended: impl Future<Output = ()>,
+) -> Result<(), RunError> {
     let _lock = lock(&config.lock())?;
     let controller = Controller::open(&config).await?;
     let door = door(&config, &controller)?;
     let listeners = listeners(&config).await?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
-
     controller.start();
     let resuming = controller.clone();
     tokio::spawn(async move { migrate::resume(&resuming).await });
     info!(pool = %config.name, listen = %config.listen, "the controller serves");
     let shutdown = async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
+        ended.await;
         info!("the controller ends");
         controller.close();
     };

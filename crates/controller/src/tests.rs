@@ -4,5 +4,6 @@ mod api;
 mod hosts;
 mod joining;
 mod migrations;
+mod process;
 mod rig;
 mod vms;

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use utoipa::openapi::path::Operation;
+use utoipa::openapi::security::{SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{
     ContentBuilder, Info, License, OpenApi, OpenApiBuilder, Ref, ResponseBuilder,
 };
@@ -13,6 +14,8 @@ use whimbrel_api::{ApiError, ErrorCode};
 
 /// The version in the document: that of the interface, which changes with an incompatible change only.
 const API_VERSION: &str = "1";
+/// What the document calls the certificate that every call but joining wants.
+const OPERATOR: &str = "operator";
 
 /// The document's head, to which the calls are added.
 pub(super) fn frame() -> OpenApi {
@@ -37,10 +40,24 @@ pub fn document() -> OpenApi {
             [&mut item.get, &mut item.put, &mut item.post, &mut item.delete, &mut item.patch];
         operations.into_iter().flatten().for_each(add_errors);
     }
+    let components = document.components.get_or_insert_default();
+    components.add_security_scheme(
+        OPERATOR,
+        SecurityScheme::MutualTls {
+            description: Some("A client certificate of the pool's authority".to_owned()),
+            deprecated: None,
+            extensions: None,
+        },
+    );
+    document.security = Some(vec![operators_only()]);
     let mut schemas = vec![(ApiError::name().into_owned(), ApiError::schema())];
     ApiError::schemas(&mut schemas);
-    document.components.get_or_insert_default().schemas.extend(schemas);
+    components.schemas.extend(schemas);
     document
+}
+
+fn operators_only() -> SecurityRequirement {
+    SecurityRequirement::new(OPERATOR, Vec::<String>::new())
 }
 
 /// Each status that carries an error, with its codes.

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::Sse;
@@ -21,6 +22,9 @@ use whimbrel_api::ApiError;
 use whimbrel_api::event::Event;
 
 use super::Shared;
+
+/// How often a stream without news sends a sign of life, in seconds; readers wait three times as long.
+const KEEP_ALIVE_SECONDS: u64 = 5;
 
 pub(super) fn calls() -> OpenApiRouter<Shared> {
     OpenApiRouter::default().routes(routes!(follow_events))
@@ -40,7 +44,7 @@ async fn follow_events(
     };
     let reader = Reader { controller, receiver, backlog };
     let events = stream::unfold(reader, Reader::next).take_until(Box::pin(closing));
-    Ok(Sse::new(events.map(|event| Ok(line(event.as_ref())))).keep_alive(KeepAlive::default()))
+    Ok(Sse::new(events.map(|event| Ok(line(event.as_ref())))).keep_alive(keep_alive()))
 }
 
 /// One reader of everything.
@@ -82,6 +86,11 @@ async fn everything(controller: &Shared) -> Result<VecDeque<Arc<Event>>, ApiErro
         all.push_back(Event::Migration { migration });
     }
     Ok(all.into_iter().map(Arc::new).collect())
+}
+
+/// Tells a reader that hears nothing that he is still heard.
+pub(super) fn keep_alive() -> KeepAlive {
+    KeepAlive::new().interval(Duration::from_secs(KEEP_ALIVE_SECONDS))
 }
 
 /// One event as it goes over the wire.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::Sse;
-use axum::response::sse::{Event as Line, KeepAlive};
+use axum::response::sse::Event as Line;
 use futures::{Stream, StreamExt, stream};
 use tokio::sync::watch;
 use utoipa_axum::router::OpenApiRouter;
@@ -78,7 +78,7 @@ async fn watch_migration(
     let closing = async move { controller.closing().await };
     let records = stream::unfold(receiver, next).take_until(Box::pin(closing));
     Ok(Sse::new(records.map(|record| Ok(events::line(record.as_ref()))))
-        .keep_alive(KeepAlive::default()))
+        .keep_alive(events::keep_alive()))
 }
 
 async fn next(

@@ -35,7 +35,7 @@ async fn new_join_token(
 }
 
 /// Join the pool as a host. No certificate is needed but the secret of a join token.
-#[utoipa::path(post, path = "/join", tag = "pool", request_body = JoinRequest,
+#[utoipa::path(post, path = "/join", tag = "pool", request_body = JoinRequest, security(()),
     responses((status = 200, description = "The host's certificates", body = JoinAnswer)))]
 pub(super) async fn join(
     State(controller): State<Shared>,
