@@ -162,6 +162,11 @@ impl Caller {
         }
     }
 
+    /// A stream on which nothing comes any more, signs of life neither.
+    fn silent(&self) -> ApiError {
+        ApiError::new(ErrorCode::Unreachable, format!("{} has fallen silent", self.who()))
+    }
+
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
         self.call(Method::GET, path, None::<&()>, None).await
     }

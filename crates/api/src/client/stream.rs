@@ -4,12 +4,17 @@
 //! keep-alive) are passed over.
 
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use reqwest::Method;
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use super::Caller;
 use crate::{ApiError, BODY_LIMIT_BYTES, ErrorCode};
+
+/// How long a server may be silent, in seconds: it sends a sign of life every 5 seconds.
+const SILENCE_SECONDS: u64 = 15;
 
 /// A stream of values; [`EventStream::next`] gives one after the other.
 #[derive(Debug)]
@@ -24,7 +29,7 @@ impl<T: DeserializeOwned> EventStream<T> {
     pub(super) async fn open(caller: &Caller, path: &str) -> Result<Self, ApiError> {
         // A watch lasts as long as the migration: the answer's deadline does not apply, the server's keep-alive does.
         let request = caller.http.request(Method::GET, format!("{}{path}", caller.base));
-        let request = request.timeout(std::time::Duration::from_secs(u64::from(u32::MAX)));
+        let request = request.timeout(Duration::from_secs(u64::from(u32::MAX)));
         let response = request.send().await.map_err(|error| caller.unreachable(&error))?;
         let status = response.status();
         if !status.is_success() {
@@ -57,7 +62,9 @@ impl<T: DeserializeOwned> EventStream<T> {
                     "an event is larger than the limit",
                 ));
             }
-            match self.response.chunk().await.map_err(|error| self.caller.unreachable(&error))? {
+            let chunk = timeout(Duration::from_secs(SILENCE_SECONDS), self.response.chunk()).await;
+            let chunk = chunk.map_err(|_| self.caller.silent())?;
+            match chunk.map_err(|error| self.caller.unreachable(&error))? {
                 Some(chunk) => self.buffer.extend_from_slice(&chunk),
                 None => return Ok(None),
             }
