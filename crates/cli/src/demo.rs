@@ -66,10 +66,9 @@ impl Demo {
             told = tell(&lab, &screen) => told,
             _ = interrupts.next() => Err(lab::interrupted()),
         };
-        let began = Instant::now();
         guard.now().await?;
         told?;
-        screen.head(&format!("all is taken down again, in {}", since(began)))
+        screen.head(&format!("\nall in {}; everything is taken down again", since(began)))
     }
 }
 
@@ -228,7 +227,7 @@ struct TakeDown {
 }
 
 impl TakeDown {
-    /// Takes the lab down.
+    /// Takes the lab down, and says whether that worked.
     async fn now(mut self) -> Result<(), Failure> {
         self.done = true;
         let dir = self.lab.dir().to_owned();

@@ -2,6 +2,7 @@
 
 use clap::Subcommand;
 use whimbrel_api::Name;
+use whimbrel_api::agent::EngineReport;
 use whimbrel_api::pool::{Contact, Host as HostRecord, HostPatch, HostSummary};
 use whimbrel_api::vm::Bytes;
 
@@ -119,13 +120,8 @@ fn facts_fields(facts: &HostSummary) -> Vec<(&'static str, String)> {
         ("vms", facts.vms.to_string()),
         ("certificate", format!("{} days left", facts.certificate_days_left)),
     ];
-    fields.extend(facts.engines.iter().map(|engine| {
-        let newest = engine.machines.first().map(|machine| format!(", {machine}"));
-        (
-            "qemu",
-            format!("{} ({}{})", engine.version, engine.accelerator, newest.unwrap_or_default()),
-        )
-    }));
+    let engine = |engine: &EngineReport| format!("{} ({})", engine.version, engine.accelerator);
+    fields.extend(facts.engines.iter().map(|one| ("qemu", engine(one))));
     fields.extend(facts.storages.iter().map(|storage| {
         let state = match &storage.trouble {
             Some(trouble) => trouble.clone(),

@@ -48,7 +48,7 @@ pub(crate) enum Lab {
 #[derive(Debug, Args)]
 pub(crate) struct Folder {
     /// The lab's folder
-    #[arg(long, value_name = "FOLDER", default_value = DIR_DEFAULT)]
+    #[arg(long, value_name = "FOLDER", default_value = DIR_DEFAULT, global = true)]
     dir: PathBuf,
 }
 

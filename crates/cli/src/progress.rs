@@ -23,8 +23,8 @@ const BAR: &str = "{spinner} {prefix:<12} {bar:30} {percent:>3}%  {msg}";
 
 /// Shows one migration.
 pub(crate) enum Progress {
-    /// Objects for a program.
-    Json,
+    /// Objects for a program; the last one, since not every change is one of what is shown.
+    Json { last: serde_json::Value },
     /// A bar for a person.
     Bar(ProgressBar),
     /// Lines for a log.
@@ -47,7 +47,7 @@ impl Progress {
     /// What fits the place where it is shown.
     pub(crate) fn new(json: bool) -> Self {
         if json {
-            return Self::Json;
+            return Self::Json { last: serde_json::Value::Null };
         }
         if !std::io::stderr().is_terminal() {
             return Self::Lines { last: None };
@@ -65,8 +65,8 @@ impl Progress {
             return Ok(());
         }
         match self {
-            Self::Json => {
-                return output::json(&Change {
+            Self::Json { last } => {
+                let change = serde_json::json!(Change {
                     migration: record.id,
                     vm: &record.vm_name,
                     source: &record.source,
@@ -74,6 +74,10 @@ impl Progress {
                     phase: record.phase,
                     progress: record.progress.as_ref(),
                 });
+                if *last != change {
+                    output::json(&change)?;
+                    *last = change;
+                }
             }
             Self::Bar(bar) => {
                 bar.set_prefix(record.phase.as_str());
