@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use whimbrel_api::ApiError;
 use whimbrel_api::agent::{Mobility, VmReport};
 use whimbrel_qemu::machine::Machine;
+use whimbrel_qemu::qmp::Qmp;
 
 use super::running::engine_error;
 
@@ -21,12 +22,20 @@ pub(super) async fn ask(report: VmReport, machine: &Machine) -> Result<Mobility,
     let reason = |value: &Value| value.as_str().map(str::to_owned);
     let blockers = reasons.into_iter().flatten().filter_map(reason).take(BLOCKERS_MAX).collect();
 
-    // `full` names every feature with its value under this accelerator (x86, 7.2 and 10.0). A QEMU that cannot say it
-    // leaves the comparison to the other checks.
-    let model = json!({ "type": "full", "model": { "name": report.definition.cpu } });
+    // A full expansion names all properties of a processor, and many are no features (`legacy-multi-node`, set by older
+    // machine types in 10.0). The model `base` has no feature at all, so what it has set is none.
+    let all = switched_on(qmp, &report.definition.cpu).await;
+    let none = switched_on(qmp, "base").await;
+    let cpu_features = all.difference(&none).cloned().collect();
+    Ok(Mobility { vm: report, cpu_features, blockers })
+}
+
+/// The properties that a CPU model has set under this QEMU's accelerator and machine (x86, 7.2 and 10.0). A QEMU that
+/// cannot say it leaves the comparison to preflight's other checks.
+async fn switched_on(qmp: &Qmp, model: &str) -> BTreeSet<String> {
+    let model = json!({ "type": "full", "model": { "name": model } });
     let expanded = qmp.execute("query-cpu-model-expansion", model).await.unwrap_or_default();
     let properties = expanded.pointer("/model/props").and_then(Value::as_object);
     let on = |(name, value): (&String, &Value)| (value == &Value::Bool(true)).then(|| name.clone());
-    let cpu_features: BTreeSet<String> = properties.into_iter().flatten().filter_map(on).collect();
-    Ok(Mobility { vm: report, cpu_features, blockers })
+    properties.into_iter().flatten().filter_map(on).collect()
 }
