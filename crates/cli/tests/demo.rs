@@ -1,5 +1,7 @@
 //! The demo as `make demo` runs it, with real QEMUs: it needs root, and what `scripts/setup` and `scripts/guest` make.
 
+#![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
+
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};

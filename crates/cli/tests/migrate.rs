@@ -1,6 +1,8 @@
 //! `migrate` and `migration watch` against an imitation of a controller that says what each test wants: lost answers, lost
 //! watches, Ctrl-C, and every way in which a migration can end.
 
+#![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
+
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::PathBuf;
