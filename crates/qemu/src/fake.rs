@@ -25,7 +25,8 @@
 //! | `silent:qmp` | commands are read and not answered, events not sent |
 //!
 //! A point is a QMP command by its name, or a stage: `start`, and of a source `copying`,
-//! `pre-switchover`, `device`, `completed`; of a destination `accepted`, `loading`, `loaded`. Of
+//! `pre-switchover`, `device`, `completed`, `settling` (it has failed, and its guest does not run
+//! again yet); of a destination `accepted`, `loading`, `loaded`. Of
 //! the stages, `lie:completed` makes a source say `completed` without having sent the guest, and
 //! `lie:loaded` makes a destination say so as soon as it is connected to.
 //!

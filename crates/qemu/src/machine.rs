@@ -283,6 +283,9 @@ impl Machine {
 
     /// Lets the guest run. On a destination this also takes the disks (`late-block-activate`).
     ///
+    /// Only for a destination that has loaded: before that QEMU (7.2, 10.0) answers with success
+    /// and lets the guest run by itself as soon as it is loaded, whoever owns it then.
+    ///
     /// # Errors
     ///
     /// [`QmpError`]. After a refusal the guest stays stopped: QEMU opens the disks first. After a

@@ -141,6 +141,32 @@ async fn a_source_fails_stalls_dies_and_lies_at_its_stages() {
 }
 
 #[tokio::test]
+async fn a_failure_is_told_once_the_guest_has_settled() {
+    let lab = Lab::new();
+    let (source, destination) = two(&lab).await;
+    let mut outgoing = at_pre_switchover(&source, &destination).await;
+    order(&source, "refuse:device stall:settling");
+    let settled = async {
+        while outgoing_status(&source).await != MigrationStatus::Failed {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(source.run_state().await, RunState::FinishMigrate);
+        tokio::time::sleep(MOMENT).await;
+        order(&source, "");
+    };
+    let (end, ()) = tokio::join!(outgoing.continue_to_completed(BOUND), soon(settled));
+    let error = end.unwrap_err();
+    assert!(
+        matches!(&error, OutgoingError::Failed { run_state: RunState::Running, .. }),
+        "{error:?}"
+    );
+}
+
+async fn outgoing_status(source: &Guest) -> MigrationStatus {
+    Statistics::query(source.machine.qmp()).await.unwrap().status
+}
+
+#[tokio::test]
 async fn a_destination_fails_stalls_dies_and_lies_at_its_stages() {
     for fault in ["refuse:accepted", "refuse:loading", "die:loading", "die:accepted"] {
         let lab = Lab::new();

@@ -85,6 +85,8 @@ async fn conduct(vm: &Arc<Vm>, address: &str) {
         vm.state().migration.error = Some(reason.clone());
         vm.migration_becomes("failed");
     }
+    // Whatever happens here, the migration has ended already.
+    let _ = vm.faults.at("settling").await;
     let stopped = vm.state().run_state == RunState::FinishMigrate;
     if stopped {
         match (&run_state_before, vm.version) {

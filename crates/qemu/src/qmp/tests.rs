@@ -140,6 +140,8 @@ async fn the_end_of_the_session_answers_every_command() {
 
 #[tokio::test]
 async fn in_band_commands_leave_room_for_out_of_band_ones() {
+    // QEMU (7.2, 10.0) stops reading at 8.
+    const { assert!(IN_BAND_IN_FLIGHT_MAX < 8) };
     let (qmp, mut peer) = Peer::greeted().await;
     let mut in_band = Vec::new();
     for _ in 0..IN_BAND_IN_FLIGHT_MAX + 1 {

@@ -61,6 +61,8 @@ async fn a_guest_moves_and_is_stopped_only_between_stop_and_resume() {
         let resumed = event(&mut events, &EventKind::Resume).await;
         assert!(resumed.since(stopped).is_some(), "{stopped:?} {resumed:?}");
         destination.machine.announce_self().await.unwrap();
+        let end = Outgoing::reattach(&source.machine).cancel(BOUND).await.unwrap();
+        assert_eq!(end, Cancelled::AlreadyCompleted);
         outgoing::reset(&source.machine).await.unwrap();
         assert_eq!(source.run_state().await, RunState::PostMigrate);
         source.machine.quit().await.unwrap();
