@@ -44,9 +44,8 @@
 //! Once `Released` may be on its disk, A does not run the guest again unless B has refused: it
 //! sends GO again at every `Tick`. B answers `Owned`, or `Refused`, which is true for ever because
 //! it is durable or because B's loaded QEMU was killed before it ever ran and before `Owned` was
-//! ever written. Then A takes epoch 6
-//! and resumes. If B stays silent the VM stands still and the driver's `Overdue` raises it to the
-//! operator. A migration that ends before the release also burns its epoch (A goes from 4 to 6),
+//! ever written. Then A takes epoch 6 and resumes. If B stays silent the VM stands still and the
+//! driver's `Overdue` raises it to the operator. A migration that ends before the release also burns its epoch (A goes from 4 to 6),
 //! so an epoch never belongs to two migrations.
 //!
 //! # States of the source
@@ -95,8 +94,9 @@
 //!   }
 //! ```
 //! 1. Actions are carried out **one after the other, in order**. An action with an answer (table
-//!    below) is awaited, and the answer stepped, before the next action. The next input of another
-//!    kind is taken when the queue is empty. While a machine of a VM lives on this host, no other
+//!    below) is awaited, and the answer stepped, before the next action. (What follows from the
+//!    answer may also come before what is left of the queue: the checker explores both.) The next
+//!    input of another kind is taken when the queue is empty. While a machine of a VM lives on this host, no other
 //!    begins for that VM ([`NotAdmitted::Migrating`]).
 //! 2. The machine is finished when `is_finished()`; messages that come later go to [`answer`].
 //! 3. `Tick` comes every [`RESEND_INTERVAL_MS`], `Overdue` once, [`UNRESOLVED_AFTER_MS`] after the

@@ -111,10 +111,19 @@ impl Handoff {
             return false;
         };
         if let (Some(migration), Some(input)) = (migration, input) {
-            self.input(world, host, migration, input);
+            self.answered(world, host, migration, input);
         }
         self.run_invisible(world, host);
         true
+    }
+
+    fn answered(&self, world: &mut World, host: usize, migration: MigrationId, input: Input) {
+        let Some(agent) = &mut world.hosts[host].agent else { return };
+        let left = if self.answers_first { std::mem::take(&mut agent.queue) } else { [].into() };
+        self.input(world, host, migration, input);
+        if let Some(agent) = &mut world.hosts[host].agent {
+            agent.queue.extend(left);
+        }
     }
 
     /// The answer to a visible action, if it has one; an error if it cannot go as `how` says.
@@ -292,6 +301,7 @@ impl Handoff {
             Action::BeginCopy => {
                 if let Some(qemu) = &mut world.hosts[host].qemu {
                     qemu.sending = migration;
+                    qemu.completed = false;
                 }
             }
             Action::StopCopy => {

@@ -18,6 +18,8 @@ pub(crate) struct Handoff {
     pub(crate) tries: usize,
     /// How many faults happen.
     pub(crate) faults: u8,
+    /// What follows from an action's answer is done before (or after) what is left to do.
+    pub(crate) answers_first: bool,
     pub(crate) bug: Option<Bug>,
 }
 
@@ -66,7 +68,7 @@ pub(crate) enum Event {
 
 impl Handoff {
     pub(crate) fn new(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
-        Self { tries, faults, bug }
+        Self { tries, faults, answers_first: true, bug }
     }
 
     /// Lets `event` happen; false if it cannot.
