@@ -5,7 +5,7 @@
 //! where a VM belongs.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::time::timeout;
@@ -21,6 +21,13 @@ use crate::{Controller, reconcile};
 const ROUND_MS: u64 = 2_000;
 /// At most so much is added or taken at random, in milliseconds, so that the hosts are not all asked at once.
 const JITTER_MS: u64 = 250;
+/// From one round to the next while a host has not answered yet since it joined or since we started, in milliseconds: its agent
+/// opens its door a moment after it has its certificates.
+const FIRST_ROUND_MS: u64 = 100;
+/// Most of these quick rounds; a host that has not answered by then is unreachable.
+const FIRST_ROUNDS_MAX: u32 = 50;
+/// How long these quick rounds may take in all, in seconds: one that hangs takes [`ANSWER_SECONDS`].
+const FIRST_ROUNDS_SECONDS: u64 = 5;
 /// How long a host may take to answer a round's two questions, in seconds.
 const ANSWER_SECONDS: u64 = 5;
 
@@ -37,35 +44,46 @@ pub(crate) fn spawn(controller: &Arc<Controller>, member: Arc<Member>) {
 
 async fn keep(controller: &Controller, member: &Member) {
     let mut reconciler = reconcile::Reconciler::default();
+    let mut first_rounds_left = FIRST_ROUNDS_MAX;
+    let begun = Instant::now();
     loop {
-        round(controller, member, &mut reconciler).await;
+        let asked = member.asking();
+        match ask(member).await {
+            Ok((report, vms)) => {
+                first_rounds_left = 0;
+                let changed = member.note_answer(asked, Timestamp::now(), report, vms);
+                take_note(controller, member, &changed).await;
+                reconciler.reconcile(controller, member).await;
+            }
+            Err(_) if first_rounds_left > 0 && begun.elapsed().as_secs() < FIRST_ROUNDS_SECONDS => {
+                first_rounds_left -= 1;
+            }
+            Err(error) => {
+                first_rounds_left = 0;
+                note_silence(controller, member, &error).await;
+            }
+        }
+        let pause = if first_rounds_left > 0 { first_pause() } else { pause() };
         tokio::select! {
-            () = tokio::time::sleep(pause()) => {}
+            () = tokio::time::sleep(pause) => {}
             () = member.nudged() => {}
         }
     }
 }
 
-/// One round: ask, note, tell, and give the host what it lacks.
-async fn round(controller: &Controller, member: &Member, reconciler: &mut reconcile::Reconciler) {
-    let asked = member.asking();
-    match ask(member).await {
-        Ok((report, vms)) => {
-            let changed = member.note_answer(asked, Timestamp::now(), report, vms);
-            if changed.host {
-                debug!(host = %member.name, "the host answers");
-            }
-            if let Err(error) = take_over(controller, member, &changed).await {
-                warn!(host = %member.name, %error, "what the host said could not be written down");
-            }
-            reconciler.reconcile(controller, member).await;
-        }
-        Err(error) => {
-            if member.note_silence(Timestamp::now(), &error.message) {
-                warn!(host = %member.name, %error, "the host does not answer: what runs there is unknown");
-                tell_of_all(controller, member).await;
-            }
-        }
+async fn take_note(controller: &Controller, member: &Member, changed: &Changed) {
+    if changed.host {
+        debug!(host = %member.name, "the host answers");
+    }
+    if let Err(error) = take_over(controller, member, changed).await {
+        warn!(host = %member.name, %error, "what the host said could not be written down");
+    }
+}
+
+async fn note_silence(controller: &Controller, member: &Member, error: &ApiError) {
+    if member.note_silence(Timestamp::now(), &error.message) {
+        warn!(host = %member.name, %error, "the host does not answer: what runs there is unknown");
+        tell_of_all(controller, member).await;
     }
 }
 
@@ -129,6 +147,10 @@ async fn tell_of_all(controller: &Controller, member: &Member) {
             .for_each(|row| controller.publish_vm(row)),
         Err(error) => warn!(%error, "cannot list the VMs"),
     }
+}
+
+fn first_pause() -> Duration {
+    Duration::from_millis(FIRST_ROUND_MS)
 }
 
 /// The pause to the next round. The randomness is a UUID's: version 4 is nothing but random bits in its first bytes.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Joining ──answer──▶ Ready ◀──answer── Unreachable
-//!    └──────no answer──────┴──no answer──▶┘
+//!    └─no answer for 5 s───┴──no answer──▶┘
 //! ```
 //!
 //! Nothing here is durable and nothing here asks: [`crate::contact`] asks and notes the answers, the calls of the API note what

@@ -1,7 +1,8 @@
 //! Hosts get the networks and storages of the pool, and a shared storage is proven.
 
-use whimbrel_api::pool::{Network, Storage};
+use whimbrel_api::pool::{Contact, Network, Storage};
 use whimbrel_api::{ApiError, ErrorCode};
+use whimbrel_pki::files::HostKeys;
 
 use super::rig::{MACHINES, Rig, eventually, name, shared};
 
@@ -77,6 +78,23 @@ async fn what_one_host_refuses_no_host_keeps() {
     assert_eq!(rig.client.create_network(&network).await.unwrap_err().code, ErrorCode::Exists);
     let same_bridge = Network { name: name("wan"), ..network };
     assert_eq!(rig.client.create_network(&same_bridge).await.unwrap_err().code, ErrorCode::InUse);
+}
+
+#[tokio::test]
+async fn a_host_that_never_answers_is_joining_at_first_and_then_unreachable() {
+    let rig = Rig::new().await;
+    let keys = HostKeys::generate().unwrap();
+    let free = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = free.local_addr().unwrap().to_string();
+    drop(free);
+    rig.join(&rig.token().await, &keys, "host-a", &address).await.unwrap();
+    let contact = || async { rig.client.host(&name("host-a")).await.unwrap().contact };
+    assert_eq!(contact().await, Contact::Joining);
+    eventually(|| async {
+        rig.nudge("host-a");
+        matches!(contact().await, Contact::Unreachable { .. })
+    })
+    .await;
 }
 
 #[tokio::test]
