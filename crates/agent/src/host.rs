@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use whimbrel_api::agent::{EngineReport, HostReport};
+use whimbrel_api::agent::{EngineReport, HostReport, StorageReport};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::pool::Network;
 use whimbrel_api::{ApiError, ErrorCode, Name};
@@ -136,7 +136,7 @@ impl Host {
     }
 
     /// What the host says of itself.
-    pub async fn report(&self) -> HostReport {
+    pub async fn report(self: &Arc<Self>) -> HostReport {
         let vms = self.vms.reports();
         let engine = |engine: &EngineFacts| {
             let (major, minor, micro) = engine.version;
@@ -166,11 +166,18 @@ impl Host {
                 .map(|engine| engine.host_cpu_features.clone())
                 .unwrap_or_default(),
             networks: self.networks.present().await,
-            storages: self.storages.reports(),
+            storages: self.storage_reports().await,
             migration_address: self.config.migration_host(),
             vms: u32::try_from(vms.len()).unwrap_or(u32::MAX),
             certificate_days_left: self.certificate_days_left(),
         }
+    }
+
+    /// How all storages are. Storage may be slow, or hang: the agent's other work goes on meanwhile.
+    async fn storage_reports(self: &Arc<Self>) -> Vec<StorageReport> {
+        let host = Arc::clone(self);
+        let reports = tokio::task::spawn_blocking(move || host.storages.reports()).await;
+        reports.unwrap_or_default()
     }
 
     /// Days until the first of the host's certificates expires; negative afterwards.

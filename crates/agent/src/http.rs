@@ -7,6 +7,7 @@
 mod console;
 mod events;
 
+use std::future::Future;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
@@ -34,7 +35,6 @@ type Answer<T> = Result<Json<T>, ApiError>;
 type On = State<Arc<Host>>;
 
 /// All calls, for [`whimbrel_pki::door::Door`].
-#[must_use]
 pub fn router(host: Arc<Host>) -> Router {
     let controllers = Router::new()
         .route("/host", get(report))
@@ -107,11 +107,11 @@ async fn put_network(
     Body(network): Body<Network>,
 ) -> Answer<()> {
     same_name(&name, &network.name)?;
-    host.put_network(&network).await.map(Json)
+    to_the_end(async move { host.put_network(&network).await }).await
 }
 
 async fn delete_network(State(host): On, Segment(name): Segment<Name>) -> Answer<()> {
-    host.delete_network(&name).await.map(Json)
+    to_the_end(async move { host.delete_network(&name).await }).await
 }
 
 async fn put_storage(
@@ -123,15 +123,15 @@ async fn put_storage(
     Storages::check(&storage)?;
     host.ledger.put_storage(&storage).await?;
     host.storages.put(storage);
-    host.storages.report(&name).map(Json)
+    blocking(move || host.storages.report(&name)).await
 }
 
 async fn delete_storage(State(host): On, Segment(name): Segment<Name>) -> Answer<()> {
-    host.delete_storage(&name).await.map(Json)
+    to_the_end(async move { host.delete_storage(&name).await }).await
 }
 
 async fn write_token(State(host): On, Segment(name): Segment<Name>) -> Answer<SharedToken> {
-    host.storages.write_token(&name).map(Json)
+    blocking(move || host.storages.write_token(&name)).await
 }
 
 async fn token_seen(
@@ -139,8 +139,7 @@ async fn token_seen(
     Segment(name): Segment<Name>,
     Body(token): Body<SharedToken>,
 ) -> Answer<TokenSeen> {
-    let seen = host.storages.token_seen(&name, &token)?;
-    Ok(Json(TokenSeen { seen }))
+    blocking(move || host.storages.token_seen(&name, &token).map(|seen| TokenSeen { seen })).await
 }
 
 async fn vms(State(host): On) -> Json<Vec<VmReport>> {
@@ -159,10 +158,7 @@ async fn create_vm(
     if definition.id != id {
         return Err(ApiError::new(ErrorCode::BadRequest, "`id` is not the id in the path"));
     }
-    // A caller that goes away must not leave a half-made disk: the work goes on without it.
-    let creating = tokio::spawn(async move { vm::create(&host, definition).await });
-    let created = creating.await.map_err(|error| ApiError::internal("creating the VM", &error))?;
-    created.map(Json)
+    to_the_end(async move { vm::create(&host, definition).await }).await
 }
 
 async fn delete_vm(State(host): On, Segment(id): Segment<VmId>) -> Answer<()> {
@@ -206,7 +202,7 @@ async fn prepare(
     Segment(id): Segment<MigrationId>,
     Body(request): Body<IncomingRequest>,
 ) -> Answer<IncomingOffer> {
-    migrate::prepare(&host, id, request).await.map(Json)
+    to_the_end(async move { migrate::prepare(&host, id, request).await }).await
 }
 
 async fn incoming(State(host): On, Segment(id): Segment<MigrationId>) -> Answer<IncomingReport> {
@@ -217,7 +213,7 @@ async fn drop_incoming(
     State(host): On,
     Segment(id): Segment<MigrationId>,
 ) -> Answer<IncomingReport> {
-    migrate::drop_incoming(&host, id).await.map(Json)
+    to_the_end(async move { migrate::drop_incoming(&host, id).await }).await
 }
 
 async fn handoff(
@@ -229,7 +225,7 @@ async fn handoff(
     let peer = who
         .peer
         .ok_or_else(|| ApiError::new(ErrorCode::NotAllowed, "a handoff needs a certificate"))?;
-    migrate::handoff(&host, &peer, id, message).await.map(Json)
+    to_the_end(async move { migrate::handoff(&host, &peer, id, message).await }).await
 }
 
 async fn send(
@@ -237,7 +233,7 @@ async fn send(
     Segment(id): Segment<MigrationId>,
     Body(request): Body<OutgoingRequest>,
 ) -> Answer<OutgoingReport> {
-    migrate::send(&host, id, request).await.map(Json)
+    to_the_end(async move { migrate::send(&host, id, request).await }).await
 }
 
 async fn outgoing(State(host): On, Segment(id): Segment<MigrationId>) -> Answer<OutgoingReport> {
@@ -245,7 +241,7 @@ async fn outgoing(State(host): On, Segment(id): Segment<MigrationId>) -> Answer<
 }
 
 async fn cancel(State(host): On, Segment(id): Segment<MigrationId>) -> Answer<OutgoingReport> {
-    migrate::cancel(&host, id).await.map(Json)
+    to_the_end(async move { migrate::cancel(&host, id).await }).await
 }
 
 async fn relay_answer(
@@ -253,11 +249,27 @@ async fn relay_answer(
     Segment(id): Segment<MigrationId>,
     Body(answer): Body<Handoff>,
 ) -> Answer<OutgoingReport> {
-    migrate::answered(&host, id, answer).await.map(Json)
+    to_the_end(async move { migrate::answered(&host, id, answer).await }).await
 }
 
 async fn retire(State(host): On, Segment(id): Segment<MigrationId>) -> Answer<()> {
-    migrate::retire(&host, id).await.map(Json)
+    to_the_end(async move { migrate::retire(&host, id).await }).await
+}
+
+/// Carries a call out to its end, also when the caller goes away: a cancelled half would be nobody's.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Answer<T> {
+    let done = tokio::spawn(work).await;
+    done.map_err(|error| ApiError::internal("the call broke off", &error))?.map(Json)
+}
+
+/// Carries out what may wait for slow storage, beside the agent's other work.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Answer<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| ApiError::internal("the call broke off", &error))?.map(Json)
 }
 
 fn same_name(path: &Name, body: &Name) -> Result<(), ApiError> {

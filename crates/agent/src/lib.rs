@@ -206,7 +206,7 @@ impl Agent {
             .serve(vec![Listener::Tcp(listener)], shutdown)
             .await;
         housekeeping.abort();
-        host.vms.close();
+        host.vms.close().await;
         tracing::info!(host = %host.name(), "ended; QEMUs go on");
         Ok(())
     }

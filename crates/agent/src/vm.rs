@@ -25,9 +25,12 @@ mod start_up;
 mod task;
 
 use std::collections::{BTreeSet, HashMap};
+use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use whimbrel_api::agent::{Mobility, VmReport};
 use whimbrel_api::vm::{Boot, VmAction, VmDefinition, VmState};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name, VmId};
@@ -43,6 +46,9 @@ use order::{Order, Published};
 /// Orders that may wait for a VM's task; one more is refused as `busy`.
 const WAITING_ORDERS_MAX: usize = 8;
 
+/// How long the end of the agent waits for its tasks, in seconds.
+const CLOSE_SECONDS: u64 = 5;
+
 /// A VM's task, seen from outside.
 #[derive(Debug, Clone)]
 struct Handle {
@@ -54,6 +60,9 @@ struct Handle {
 #[derive(Debug, Default)]
 pub struct Vms {
     tasks: Mutex<HashMap<VmId, Handle>>,
+    /// The tasks themselves: to wait for their end.
+    running: Mutex<JoinSet<()>>,
+    consoles: console::Consoles,
 }
 
 impl Vms {
@@ -106,7 +115,8 @@ impl Vms {
     }
 
     /// Lends a running VM to a migration, by value. Until it is given back, all other orders are refused as
-    /// `migrating`, and its rows in the ledger and its QEMU are the migration's.
+    /// `migrating`, and its rows in the ledger and its QEMU are the migration's. To be called from a task that nobody
+    /// cancels: a loan that gets lost comes back with the agent's next start only.
     ///
     /// # Errors
     /// A refusal with nothing changed: not found, not running, lent already, or not this host's.
@@ -116,8 +126,8 @@ impl Vms {
 
     /// Says how a lent VM is, for reports: `Migrating` (as from the beginning) or `Unresolved`.
     pub async fn loan_news(&self, vm: VmId, news: VmState) {
-        let told = self.order(vm, |reply| Order::LoanNews { news, reply }).await;
-        log_if_failed(vm, told.map(drop));
+        let told = self.order_in_turn(vm, |reply| Order::LoanNews { news, reply }).await;
+        log_if_failed(vm, told);
     }
 
     /// Takes a lent VM back. The ledger says `Owned` already, and its QEMU is as the record's intent wants it. Afterwards
@@ -125,19 +135,21 @@ impl Vms {
     pub async fn give_back(&self, running: RunningVm) {
         let vm = running.id();
         let running = Box::new(running);
-        log_if_failed(vm, self.order(vm, |reply| Order::GiveBack { running, reply }).await);
+        let order = |reply| Order::GiveBack { running, reply };
+        log_if_failed(vm, self.order_in_turn(vm, order).await);
     }
 
     /// Takes back a lent VM whose QEMU has ended during the loan, and takes down what was made for it. Afterwards the VM
     /// is crashed, with the reason, or stopped, if the guest had powered itself off (`crashed` is `None`).
     pub async fn give_back_ended(&self, vm: VmId, crashed: Option<String>) {
-        log_if_failed(vm, self.order(vm, |reply| Order::GiveBackEnded { crashed, reply }).await);
+        let order = |reply| Order::GiveBackEnded { crashed, reply };
+        log_if_failed(vm, self.order_in_turn(vm, order).await);
     }
 
     /// Forgets a lent VM that is another host's now: its row and its task go; ownership records and disks stay. Its QEMU
     /// has been taken down by [`spawn::destroy`]; what is left of the run is taken down here. Unknown VMs are no error.
     pub async fn forget(&self, vm: VmId) {
-        match self.order(vm, Order::Forget).await {
+        match self.order_in_turn(vm, Order::Forget).await {
             Ok(true) => drop(self.tasks().remove(&vm)),
             Ok(false) => tracing::error!(%vm, "a VM that is not lent was to be forgotten"),
             Err(error) if error.code == ErrorCode::NotFound => {}
@@ -163,16 +175,18 @@ impl Vms {
         Ok(noted?)
     }
 
-    /// Where a VM's console is, if it has a QEMU.
+    /// Opens a VM's console.
     ///
     /// # Errors
-    /// `not-found`, or `wrong-state` where nothing runs.
-    pub fn console_place(&self, vm: VmId) -> Result<console::Place, ApiError> {
+    /// `not-found`; `wrong-state` where nothing runs; `engine` where QEMU's socket cannot be reached.
+    pub async fn open_console(&self, vm: VmId) -> Result<console::Reader, ApiError> {
         let published = self.task(vm)?.published.borrow().clone();
-        published.console.ok_or_else(|| {
+        let Some(place) = published.console else {
             let state = published.report.state.word();
-            ApiError::new(ErrorCode::WrongState, format!("the VM is {state}: there is no console"))
-        })
+            let message = format!("the VM is {state}: there is no console");
+            return Err(ApiError::new(ErrorCode::WrongState, message));
+        };
+        self.consoles.open(&place).await
     }
 
     /// What of a VM matters to whoever wants to move it.
@@ -204,7 +218,7 @@ impl Vms {
 
     /// Waits until the QEMUs of an earlier life of the agent are found again or known to be gone, or some time has passed:
     /// then the tasks go on looking by themselves.
-    pub async fn wait_found(&self, at_most: std::time::Duration) {
+    pub async fn wait_found(&self, at_most: Duration) {
         let tasks: Vec<Handle> = self.tasks().values().cloned().collect();
         let all = async {
             for mut task in tasks {
@@ -218,9 +232,14 @@ impl Vms {
         }
     }
 
-    /// Ends all tasks; QEMUs go on. For a graceful end, and for tests that begin anew.
-    pub fn close(&self) {
+    /// Ends all tasks and waits until they have let go; QEMUs go on.
+    pub async fn close(&self) {
         self.tasks().clear();
+        let mut running = std::mem::take(&mut *self.running());
+        let all = async { while running.join_next().await.is_some() {} };
+        if tokio::time::timeout(Duration::from_secs(CLOSE_SECONDS), all).await.is_err() {
+            tracing::warn!("a VM's task was in the middle of something when the agent ended");
+        }
     }
 
     /// Whether a VM has a task.
@@ -229,10 +248,21 @@ impl Vms {
         self.tasks().contains_key(&vm)
     }
 
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut running = self.running();
+        while running.try_join_next().is_some() {}
+        running.spawn(task);
+    }
+
+    fn running(&self) -> MutexGuard<'_, JoinSet<()>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn insert(&self, vm: VmId, task: Handle) {
         self.tasks().insert(vm, task);
     }
 
+    /// Gives an order, or refuses at once where too many wait: for users, who try again.
     async fn order<T>(
         &self,
         vm: VmId,
@@ -247,6 +277,20 @@ impl Vms {
             mpsc::error::TrySendError::Closed(_) => ApiError::not_found("VM", vm),
         })?;
         answer.await.map_err(|_| ApiError::not_found("VM", vm))
+    }
+
+    /// Gives an order that must not get lost: for migrations. A task that has lent its VM refuses everything else at once,
+    /// so the turn comes soon.
+    async fn order_in_turn<T>(
+        &self,
+        vm: VmId,
+        order: impl FnOnce(oneshot::Sender<T>) -> Order,
+    ) -> Result<T, ApiError> {
+        let task = self.task(vm)?;
+        let (reply, answer) = oneshot::channel();
+        let gone = || ApiError::not_found("VM", vm);
+        task.orders.send(order(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
     }
 
     fn task(&self, vm: VmId) -> Result<Handle, ApiError> {

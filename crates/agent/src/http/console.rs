@@ -24,7 +24,7 @@ pub(super) async fn open(
     Segment(id): Segment<VmId>,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, ApiError> {
-    let reader = host.vms.console_place(id)?.open().await?;
+    let reader = host.vms.open_console(id).await?;
     Ok(upgrade.max_message_size(MESSAGE_BYTES_MAX).on_upgrade(move |socket| pass(socket, reader)))
 }
 

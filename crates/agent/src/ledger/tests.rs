@@ -114,7 +114,7 @@ async fn migrations_are_kept_by_side() {
     ledger.put_migration(&outgoing).await.unwrap();
     outgoing.state = serde_json::json!("moved");
     ledger.put_migration(&outgoing).await.unwrap();
-    assert_eq!(ledger.migrations(Side::Incoming).await.unwrap(), [incoming.clone()]);
+    assert_eq!(ledger.migrations(Side::Incoming).await.unwrap(), std::slice::from_ref(&incoming));
     assert_eq!(ledger.migrations(Side::Outgoing).await.unwrap(), [outgoing]);
     ledger.remove_migration(incoming.id, Side::Incoming).await.unwrap();
     assert!(ledger.migrations(Side::Incoming).await.unwrap().is_empty());

@@ -156,8 +156,12 @@ async fn images_that_hide_something_are_refused() {
             "1M",
         ],
     );
-    let secret =
-        ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s"];
+    let secret = [
+        "--object",
+        "secret,id=s,data=x",
+        "-o",
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+    ];
     let create = ["create", "-q", "-f", "qcow2", "locked", "1M"];
     qemu_img(dir, &[&create[..1], &secret[..], &create[1..]].concat());
     let patched = |at: usize, byte: u8| {

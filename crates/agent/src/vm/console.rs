@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::fs::OFlags;
@@ -31,6 +31,8 @@ const PIECES_MAX: usize = 256;
 const INPUT_PIECES_MAX: usize = 64;
 /// Largest piece, in bytes.
 const PIECE_BYTES_MAX: usize = 4096;
+/// How often a quiet console looks whether it still has readers.
+const LOOK_FOR_READERS: Duration = Duration::from_secs(1);
 /// How long the console's socket may take to accept, in seconds.
 const CONNECT_SECONDS: u64 = 5;
 
@@ -57,14 +59,8 @@ impl Place {
         }
     }
 
-    /// Opens the console.
-    ///
-    /// # Errors
-    /// `engine` where QEMU's socket cannot be reached, or is not this QEMU's.
-    pub async fn open(&self) -> Result<Reader, ApiError> {
-        if let Some(reader) = find_hub(self).and_then(|hub| hub.reader()) {
-            return Ok(reader);
-        }
+    /// Connects to QEMU, and makes sure that it is this one.
+    async fn connect(&self) -> Result<UnixStream, ApiError> {
         let socket = self.dir.serial_socket();
         let failed = |why: &str| {
             ApiError::new(ErrorCode::Engine, format!("the console cannot be opened: {why}"))
@@ -82,7 +78,37 @@ impl Place {
         if listener.and_then(|pid| u32::try_from(pid).ok()) != Some(self.pid) {
             return Err(failed("another process listens in its place"));
         }
-        Hub::start(self, stream).ok_or_else(|| failed("it ended at once"))
+        Ok(stream)
+    }
+}
+
+/// The hubs of a host that exist, by QEMU's process.
+#[derive(Debug, Default)]
+pub struct Consoles(Mutex<HashMap<u32, Weak<Hub>>>);
+
+impl Consoles {
+    /// Opens a console.
+    ///
+    /// # Errors
+    /// `engine` where QEMU's socket cannot be reached, or is not this QEMU's.
+    pub(super) async fn open(&self, place: &Place) -> Result<Reader, ApiError> {
+        if let Some(reader) = self.find(place).and_then(|hub| hub.reader()) {
+            return Ok(reader);
+        }
+        let stream = place.connect().await?;
+        // Somebody else may have been faster; QEMU does not answer a second connection while the first one stands.
+        if let Some(reader) = self.find(place).and_then(|hub| hub.reader()) {
+            return Ok(reader);
+        }
+        let hub = Hub::start(place, stream);
+        lock(&self.0).insert(place.pid, Arc::downgrade(&hub));
+        hub.reader().ok_or_else(|| ApiError::new(ErrorCode::Engine, "the console ended at once"))
+    }
+
+    fn find(&self, place: &Place) -> Option<Arc<Hub>> {
+        let mut hubs = lock(&self.0);
+        hubs.retain(|_, hub| hub.strong_count() > 0);
+        hubs.get(&place.pid).and_then(Weak::upgrade)
     }
 }
 
@@ -133,17 +159,8 @@ struct HubState {
     output: Option<broadcast::Sender<Arc<[u8]>>>,
 }
 
-/// The hubs that exist, by QEMU's process. The console belongs to no host object: a run's folder names it.
-static HUBS: LazyLock<Mutex<HashMap<u32, Weak<Hub>>>> = LazyLock::new(Mutex::default);
-
-fn find_hub(place: &Place) -> Option<Arc<Hub>> {
-    let mut hubs = lock(&HUBS);
-    hubs.retain(|_, hub| hub.strong_count() > 0);
-    hubs.get(&place.pid).and_then(Weak::upgrade)
-}
-
 impl Hub {
-    fn start(place: &Place, stream: UnixStream) -> Option<Reader> {
+    fn start(place: &Place, stream: UnixStream) -> Arc<Self> {
         let (reading, writing) = stream.into_split();
         let (input, typed) = mpsc::channel(INPUT_PIECES_MAX);
         let (output, _) = broadcast::channel(PIECES_MAX);
@@ -151,11 +168,9 @@ impl Hub {
         let memory = log_tail(&place.dir.console_log()).unwrap_or_default().into();
         let state = HubState { memory, output: Some(output) };
         let hub = Arc::new(Self { state: Mutex::new(state), input });
-        let reader = hub.reader();
-        lock(&HUBS).insert(place.pid, Arc::downgrade(&hub));
         tokio::spawn(Self::pump(Arc::downgrade(&hub), reading));
         tokio::spawn(type_in(typed, writing));
-        reader
+        hub
     }
 
     /// Memory and subscription at one moment, so that nothing falls between them.
@@ -169,13 +184,11 @@ impl Hub {
     async fn pump(hub: Weak<Self>, mut reading: OwnedReadHalf) {
         let mut piece = vec![0; PIECE_BYTES_MAX];
         loop {
-            let read = tokio::select! {
-                read = reading.read(&mut piece) => read,
-                // Without readers the connection is given up, and QEMU goes on with its log alone.
-                () = tokio::time::sleep(Duration::from_millis(500)), if hub.strong_count() == 0 => return,
-                () = tokio::time::sleep(Duration::from_secs(1)) => continue,
-            };
+            let waiting = tokio::time::timeout(LOOK_FOR_READERS, reading.read(&mut piece));
+            // Without readers the connection is given up, and QEMU goes on with its log alone.
+            let read = waiting.await;
             let Some(hub) = hub.upgrade() else { return };
+            let Ok(read) = read else { continue };
             match read {
                 Ok(length) if length > 0 => hub.publish(&piece[..length]),
                 _ => {

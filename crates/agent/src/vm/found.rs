@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use whimbrel_qemu::machine::Machine;
-use whimbrel_qemu::process::{AdoptError, Process};
+use whimbrel_qemu::process::{AdoptError, Process, ProcessIdentity};
 
 use super::running::{RunDir, Spawned};
 use crate::host::Host;
@@ -49,6 +49,25 @@ pub async fn find_again(host: &Host, record: &RunRecord) -> Found {
     }
 }
 
+/// Whether a process of this boot has ended. Asked before anything of a run is taken down: a watcher that has itself
+/// ended (with its runtime, when the agent ends) tells an end that was none.
+pub(crate) fn has_ended(process: &ProcessIdentity) -> bool {
+    match std::fs::read_to_string(format!("/proc/{}/stat", process.pid)) {
+        Ok(stat) => stat_tells_end(&stat, process.start_time_ticks),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    }
+}
+
+/// `/proc/PID/stat`: after the name in brackets come the state (field 3) and, as field 22, the start time.
+fn stat_tells_end(stat: &str, start_time_ticks: u64) -> bool {
+    let after_name = stat.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
+    let mut fields = after_name.split_ascii_whitespace();
+    // A zombie waits for its parent only; its memory, files and taps are gone.
+    let dead = matches!(fields.next(), Some("Z" | "X"));
+    let started = fields.nth(18).and_then(|ticks| ticks.parse::<u64>().ok());
+    dead || started.is_some_and(|ticks| ticks != start_time_ticks)
+}
+
 /// Tries once to find a QEMU again.
 ///
 /// # Errors
@@ -70,7 +89,11 @@ pub async fn try_to_find(host: &Host, record: &RunRecord) -> Result<Found, Silen
     let machine = tokio::select! {
         session = session => session,
         exit = process.wait_exit() => {
-            return Ok(Found::Gone { why: super::running::describe_end(&process, exit) });
+            return if has_ended(&record.process) {
+                Ok(Found::Gone { why: super::running::describe_end(&process, exit) })
+            } else {
+                Err(Silent { why: "its end was told, and it lives".to_owned() })
+            };
         }
     };
     match machine {
@@ -85,5 +108,35 @@ pub async fn try_to_find(host: &Host, record: &RunRecord) -> Result<Found, Silen
             taps: record.taps.clone(),
         }))),
         Err(error) => Err(Silent { why: whimbrel_api::error::chain(&error) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_told_by_state_or_start_time() {
+        let stat = |state: &str, ticks: u64| {
+            format!("7 (a) b) {state} 1 7 7 0 -1 4 0 0 0 0 0 0 0 0 20 0 1 0 {ticks} 0 0")
+        };
+        assert!(!stat_tells_end(&stat("S", 42), 42));
+        assert!(stat_tells_end(&stat("Z", 42), 42));
+        assert!(stat_tells_end(&stat("S", 43), 42));
+        assert!(!stat_tells_end("what is this", 42));
+    }
+
+    #[test]
+    fn this_process_has_not_ended() {
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+        let ticks = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().nth(19).unwrap();
+        let mut own = ProcessIdentity {
+            pid: std::process::id(),
+            start_time_ticks: ticks.parse().unwrap(),
+            boot_id: String::new(),
+        };
+        assert!(!has_ended(&own));
+        own.start_time_ticks += 1;
+        assert!(has_ended(&own));
     }
 }

@@ -18,6 +18,7 @@ use whimbrel_qemu::engine::EngineFacts;
 use whimbrel_qemu::machine::Machine;
 use whimbrel_qemu::process::{Inherited, Launch, Process};
 
+use super::found::has_ended;
 use super::running::{RunDir, SOCKET_PATH_BYTES_MAX, Spawned};
 use crate::host::Host;
 use crate::ledger::Resource;
@@ -97,7 +98,11 @@ pub async fn destroy(host: &Host, spawned: &Spawned) -> Result<(), ApiError> {
 /// `internal` where it does not end.
 pub(crate) async fn end(process: &Process) -> Result<(), ApiError> {
     let ended = process.kill_and_wait(Duration::from_secs(KILL_SECONDS)).await;
-    ended.map(drop).map_err(|error| ApiError::internal("QEMU was not ended", &error))
+    ended.map_err(|error| ApiError::internal("QEMU was not ended", &error))?;
+    if has_ended(process.identity()) {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::Internal, "QEMU was not ended: its end was told, and it lives"))
 }
 
 /// Takes down what was made for a run whose process is gone.

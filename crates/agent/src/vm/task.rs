@@ -63,7 +63,7 @@ pub(super) fn run(
     let first = published(&definition, &ownership, &state);
     let (shown, published) = channel::channel(first);
     let task = Task { host: Arc::clone(host), definition, ownership, state, waiting, shown };
-    tokio::spawn(task.run());
+    host.vms.spawn(task.run());
     Handle { orders, published }
 }
 

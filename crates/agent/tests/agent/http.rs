@@ -13,7 +13,7 @@ use whimbrel_pki::files::{ControllerIdentity, HostIdentity, OperatorIdentity};
 use whimbrel_pki::identity::agent_dns_name;
 use whimbrel_pki::tls::{self, Credentials};
 
-use crate::place::{Place, definition, in_namespace};
+use crate::place::{Place, definition, eventually, in_namespace};
 
 /// Serves on the place's address while `during` happens, and ends as SIGTERM would end it.
 fn serve<T, F: Future<Output = T>>(place: &Place, during: impl FnOnce() -> F) -> T {
@@ -23,6 +23,8 @@ fn serve<T, F: Future<Output = T>>(place: &Place, during: impl FnOnce() -> F) ->
         let agent = Agent::prepare(place.config.clone()).await.unwrap();
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
         let serving = tokio::spawn(agent.serve(async move { drop(ended.await) }));
+        let listens = async || tokio::net::TcpStream::connect(place.config.listen).await.is_ok();
+        eventually(listens).await;
         let outcome = during().await;
         drop(end);
         serving.await.unwrap().unwrap();

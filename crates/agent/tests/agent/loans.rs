@@ -24,7 +24,7 @@ fn a_lent_vm_takes_no_other_orders_and_comes_back() {
             assert_eq!(host.vms.delete(id).await.unwrap_err().code, ErrorCode::Migrating);
             let twice = host.vms.lend(id, MigrationId::new()).await.unwrap_err();
             assert_eq!(twice.code, ErrorCode::Migrating);
-            assert!(host.vms.console_place(id).is_ok());
+            assert!(host.vms.open_console(id).await.is_ok());
             let ask = "host-b".parse().unwrap();
             host.vms.loan_news(id, VmState::Unresolved { migration, ask }).await;
             assert_eq!(state(&host, id).word(), "unresolved");
@@ -107,7 +107,7 @@ fn an_arriving_vm_is_taken_in_or_taken_down() {
             let spawned = spawn::spawn(&host, &arriving, Purpose::Receive(second)).await.unwrap();
             assert_ne!(failed.run, spawned.run);
             spawn::destroy(&host, &failed).await.unwrap();
-            assert_eq!(place.run_folders(), [spawned.run.clone()]);
+            assert_eq!(place.run_folders(), std::slice::from_ref(&spawned.run));
             assert!(host.vms.report(arriving.id).is_err());
 
             let ownership = Ownership {

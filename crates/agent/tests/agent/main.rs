@@ -1,5 +1,7 @@
 //! An agent with a fake QEMU (and once with the real one), in a network namespace and a folder of its own. Needs root.
 
+#![allow(clippy::unwrap_used)] // tests: the lint knows only functions marked as such
+
 mod http;
 mod loans;
 mod place;

@@ -122,7 +122,7 @@ fn orders_that_do_not_fit_are_refused() {
             }
             let lend = host.vms.lend(id, whimbrel_api::MigrationId::new()).await.unwrap_err();
             assert_eq!(lend.code, ErrorCode::WrongState);
-            assert_eq!(host.vms.console_place(id).unwrap_err().code, ErrorCode::WrongState);
+            assert_eq!(host.vms.open_console(id).await.unwrap_err().code, ErrorCode::WrongState);
             // Stopping what is stopped is what was asked for.
             host.vms.act(id, VmAction::Stop, false).await.unwrap();
         });

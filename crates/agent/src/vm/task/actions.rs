@@ -9,6 +9,7 @@ use whimbrel_api::{ApiError, ErrorCode, MigrationId};
 use whimbrel_migration::handoff::{Intent, Ownership, Standing};
 use whimbrel_qemu::process::{AdoptError, Process};
 
+use super::super::found::has_ended;
 use super::super::running::{RunDir, RunningVm, engine_error as engine};
 use super::super::spawn::{self, Purpose};
 use super::super::{console, create};
@@ -221,14 +222,10 @@ impl Task {
         let Some(record) = rows.1.into_iter().find(|run| Some(&run.name) == own.as_ref()) else {
             return;
         };
-        let log = RunDir::new(&self.host.config.run_dir(), &record.name).qemu_log();
-        match Process::adopt(&record.process, &log) {
-            Err(AdoptError::Gone { .. }) => {
-                spawn::sweep_run(&self.host, &record.name, &record.taps).await;
-            }
-            _ => {
-                tracing::error!(run = record.name, "the QEMU of a run that is over is still there")
-            }
+        if has_ended(&record.process) {
+            spawn::sweep_run(&self.host, &record.name, &record.taps).await;
+        } else {
+            tracing::error!(run = record.name, "the QEMU of a run that is over is still there");
         }
     }
 

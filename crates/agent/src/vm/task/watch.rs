@@ -7,13 +7,15 @@ use whimbrel_qemu::event::{Event, EventError, EventKind};
 use whimbrel_qemu::machine::RunState;
 use whimbrel_qemu::process::Exit;
 
-use super::super::found::Found;
+use super::super::found::{Found, has_ended};
 use super::super::running::describe_end;
 use super::super::spawn;
 use super::{State, Task, Watched};
 
 /// How long QEMU may take to end after it was told to, in seconds: it flushes the disks first.
 const QUIT_SECONDS: u64 = 10;
+/// How long the end of a process may come after the end of its session, in milliseconds.
+const END_MILLISECONDS: u64 = 1_000;
 
 impl Task {
     /// Once at the beginning: a VM that was handed over running is looked at.
@@ -76,9 +78,9 @@ impl Task {
         }
         let ended =
             tokio::time::timeout(Duration::from_secs(QUIT_SECONDS), qemu.process.wait_exit());
-        if ended.await.is_err()
-            && let Err(error) = spawn::end(&qemu.process).await
-        {
+        drop(ended.await);
+        // Kills only what has not ended by itself.
+        if let Err(error) = spawn::end(&qemu.process).await {
             tracing::error!(vm = %self.definition.name, %error, "QEMU does not end");
             return;
         }
@@ -97,16 +99,31 @@ impl Task {
             .await;
     }
 
-    /// QEMU has ended, and nobody here had asked for it.
+    /// QEMU is said to have ended, and nobody here had asked for it.
     pub(super) async fn ended(&mut self, exit: Exit) {
         let State::Running(watched) = &self.state else { return };
-        let why = describe_end(&watched.qemu.process, exit);
-        tracing::warn!(vm = %self.definition.name, why, "QEMU ended without being asked");
-        self.end_run(Some(why)).await;
+        let process = watched.qemu.process.clone();
+        if has_ended(process.identity()) {
+            let why = describe_end(&process, exit);
+            tracing::warn!(vm = %self.definition.name, why, "QEMU ended without being asked");
+            return self.end_run(Some(why)).await;
+        }
+        self.look_anew();
     }
 
-    /// The session has ended, the process not (or not yet): it is looked for anew.
+    /// The session has ended. Most often the process has, too, and its watcher tells how a moment later.
     async fn lose_sight(&mut self) {
+        let State::Running(watched) = &self.state else { return };
+        let process = watched.qemu.process.clone();
+        let moment = Duration::from_millis(END_MILLISECONDS);
+        match tokio::time::timeout(moment, process.wait_exit()).await {
+            Ok(exit) => self.ended(exit).await,
+            Err(_) => self.look_anew(),
+        }
+    }
+
+    /// The process lives, as far as is known, and cannot be heard: it is looked for anew.
+    fn look_anew(&mut self) {
         let State::Running(watched) = &self.state else { return };
         tracing::warn!(vm = %self.definition.name, "the session with QEMU has ended");
         let record = Box::new(watched.qemu.record());
