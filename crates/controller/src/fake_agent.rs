@@ -27,7 +27,6 @@ use whimbrel_api::migration::Stay;
 use whimbrel_api::pool::{Network, Storage};
 use whimbrel_api::vm::{RunningEngine, VmDefinition, VmState};
 use whimbrel_api::{ApiError, Epoch, MigrationId, Name, VmId};
-use whimbrel_pki::authority::Authority;
 use whimbrel_pki::door::{Door, Listener};
 use whimbrel_pki::files::HostIdentity;
 use whimbrel_pki::tls;
@@ -118,16 +117,6 @@ impl FakeWorld {
     /// Sets how migrations that begin from now on go.
     pub fn set_pace(&self, pace: Pace) {
         self.lock().pace = pace;
-    }
-
-    /// Starts a host with certificates of `authority`.
-    ///
-    /// # Panics
-    /// If this machine cannot: it is for tests.
-    pub async fn start(&self, authority: &Authority, name: &str) -> FakeAgent {
-        let identity = HostIdentity::issue(authority, name).expect("certificates can be made");
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("an address on loopback");
-        self.start_as(identity, listener, &["pc-q35-6.2", "pc-q35-7.2"])
     }
 
     /// Starts a host that has an identity and a listener already, with a QEMU that offers `machines`.

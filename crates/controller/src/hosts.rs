@@ -187,12 +187,6 @@ impl Member {
         }
     }
 
-    /// Whether it answers.
-    #[must_use]
-    pub fn contact(&self) -> Contact {
-        self.seen().contact.clone()
-    }
-
     /// What the API says of it.
     #[must_use]
     pub fn view(&self) -> Host {

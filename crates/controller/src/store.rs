@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 use whimbrel_api::ApiError;
 
 pub use hosts::{HostRow, JoinOutcome};
-pub use migrations::{BeginError, Begun, StepRow, is_active};
+pub use migrations::{BeginError, Begun, is_active};
 pub use vms::{Deleted, Inserted, PlacementMove, VmRow};
 
 /// Most jobs that wait for the writer thread; who comes then waits for a place.

@@ -1,9 +1,8 @@
-//! Migrations: one record each, and the steps that were begun.
+//! Migrations: one record each, its phases included.
 //!
 //! A record is *active* until the VM is certainly on one side ([`is_active`]); an index lets no VM have two active ones. The
 //! flow that writes these records is [`crate::migrate`].
 
-use jiff::Timestamp;
 use rusqlite::{OptionalExtension, Transaction, params};
 use whimbrel_api::migration::{Migration, MigrationState};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, VmId};
@@ -43,15 +42,6 @@ impl From<BeginError> for ApiError {
             BeginError::Store(error) => error.into(),
         }
     }
-}
-
-/// A step that was begun: written down before it is asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StepRow {
-    /// The step's word.
-    pub step: String,
-    /// When it was begun first.
-    pub at: Timestamp,
 }
 
 /// Whether a migration holds its VM: it runs, or nobody knows yet how it ended.
@@ -149,40 +139,6 @@ impl Store {
     pub async fn active_migration_of(&self, vm: VmId) -> Result<Option<Migration>, StoreError> {
         self.transact("look for a VM's migration", move |transaction| {
             active_migration(transaction, vm)
-        })
-        .await
-    }
-
-    /// Writes down that a step begins. Repeating it keeps the first time.
-    pub async fn record_step(
-        &self,
-        migration: MigrationId,
-        step: &'static str,
-        at: Timestamp,
-    ) -> Result<(), StoreError> {
-        self.transact("record a migration's step", move |transaction| {
-            transaction.execute(
-                "INSERT INTO migration_steps (migration, step, at_ms) VALUES (?1, ?2, ?3)
-                 ON CONFLICT (migration, step) DO NOTHING",
-                params![migration.to_string(), step, at.as_millisecond()],
-            )?;
-            Ok(())
-        })
-        .await
-    }
-
-    /// The steps of a migration that were begun, in order.
-    pub async fn steps(&self, migration: MigrationId) -> Result<Vec<StepRow>, StoreError> {
-        self.transact("list a migration's steps", move |transaction| {
-            let mut query = transaction.prepare(
-                "SELECT step, at_ms FROM migration_steps WHERE migration = ?1 ORDER BY number",
-            )?;
-            let rows = query.query_and_then([migration.to_string()], |row| {
-                let at = Timestamp::from_millisecond(row.get(1)?)
-                    .map_err(|error| Fault::Text(error.to_string()))?;
-                Ok::<_, Fault>(StepRow { step: row.get(0)?, at })
-            })?;
-            rows.collect()
         })
         .await
     }

@@ -49,13 +49,6 @@ CREATE TABLE migrations (
     record TEXT NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX one_active_migration_per_vm ON migrations (vm) WHERE active;
-CREATE TABLE migration_steps (
-    number INTEGER PRIMARY KEY,
-    migration TEXT NOT NULL,
-    step TEXT NOT NULL,
-    at_ms INTEGER NOT NULL,
-    UNIQUE (migration, step)
-) STRICT;
 ";
 
 pub(super) fn prepare(

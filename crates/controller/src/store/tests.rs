@@ -176,20 +176,6 @@ async fn a_token_admits_one_host_in_its_time() {
 }
 
 #[tokio::test]
-async fn steps_keep_their_order_and_first_time() {
-    let store = Store::in_memory();
-    let id = MigrationId::new();
-    let first = Timestamp::from_millisecond(1_000).unwrap();
-    let later = Timestamp::from_millisecond(2_000).unwrap();
-    store.record_step(id, "prepare", first).await.unwrap();
-    store.record_step(id, "copy", later).await.unwrap();
-    store.record_step(id, "prepare", later).await.unwrap();
-    let steps = store.steps(id).await.unwrap();
-    assert_eq!(steps[0], StepRow { step: "prepare".into(), at: first });
-    assert_eq!(steps.len(), 2);
-}
-
-#[tokio::test]
 async fn records_outlive_the_process_and_a_newer_schema_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pool.db");
