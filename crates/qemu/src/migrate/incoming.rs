@@ -50,7 +50,8 @@ pub struct IncomingSettings {
 /// Who may send a guest here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IncomingTls {
-    /// Folder with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`, readable for QEMU.
+    /// Folder with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`, readable for QEMU. A
+    /// `dh-params.pem` is added to it where it is missing (it saves up to seconds).
     pub credentials_dir: PathBuf,
     /// The one client that is let in, by its certificate's distinguished name, e.g. `CN=host-a`.
     pub authorized_dn: String,

@@ -33,6 +33,7 @@ async fn a_guest_moves_between_the_named_hosts_with_one_and_more_connections() {
         let dirs = lab.tls(["host-a", "host-b", "host-c"]);
         let source = lab.start_running(&from, "source").await;
         succeeds(&lab, &source, &onto, &dirs, "destination").await;
+        assert!(dirs[1].join("dh-params.pem").exists());
         let objects = source.machine.objects().await.unwrap();
         assert!(objects.iter().any(|id| id == "migration-tls"), "{objects:?}");
         outgoing::reset(&source.machine).await.unwrap();
