@@ -29,6 +29,15 @@ async fn an_engine_tells_what_it_can_do() {
         assert_eq!(facts.features.channels, major >= 10);
         assert!(!facts.accelerator_reason.is_empty());
 
+        let lab = Lab::new();
+        let guest = lab.start(&engine, "web01", false).await;
+        let (socket, identity) = (guest.spec.qmp_socket.clone(), guest.process.identity().clone());
+        let asked = guest.machine.features().clone();
+        let _killed_at_last = guest.let_go();
+        let wait = Duration::from_secs(20);
+        let machine = Machine::connect_to_engine(&socket, &identity, lab.uuid, &facts, wait).await;
+        assert_eq!(*machine.unwrap().features(), asked);
+
         let forced = engine::probe(&engine.binary, engine.user(), Some(Accelerator::Tcg)).await;
         let forced = forced.unwrap();
         assert_eq!(forced.accelerator, Accelerator::Tcg);
