@@ -1,3 +1,5 @@
+//! What is written is there afterwards, and nothing else.
+
 use whimbrel_api::Epoch;
 use whimbrel_api::vm::Boot;
 use whimbrel_migration::handoff::{Intent, Standing};

@@ -156,19 +156,12 @@ async fn images_that_hide_something_are_refused() {
             "1M",
         ],
     );
-    let secret = [
-        "--object",
-        "secret,id=s,data=x",
-        "-o",
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-    ];
-    let create = ["create", "-q", "-f", "qcow2", "locked", "1M"];
-    qemu_img(dir, &[&create[..1], &secret[..], &create[1..]].concat());
     let patched = |at: usize, byte: u8| {
         let mut bytes = fs::read(dir.join("base")).unwrap();
         bytes[at] |= byte;
         bytes
     };
+    fs::write(dir.join("locked"), patched(35, 2)).unwrap();
     fs::write(dir.join("dirty"), patched(79, 1)).unwrap();
     fs::write(dir.join("corrupt"), patched(79, 2)).unwrap();
     fs::write(dir.join("from-the-future"), patched(7, 4)).unwrap();
