@@ -1,8 +1,8 @@
 //! An imitation of QEMU for tests: a process that takes the real command line, answers QMP, keeps
 //! a run state, and moves "guests" to other fakes over real TCP. It runs no guest.
 //!
-//! The program is `fake-qemu` (feature `fake`). A crate that wants one of its own for its tests
-//! makes a binary whose `main` returns [`main`]`()`. It is faithful where callers lean on QEMU: the
+//! The program is `fake-qemu` (feature `fake`). Another crate gets one of its own by an example
+//! (which `cargo test` builds) whose `main` returns [`main`]`()`. It is faithful where callers lean on QEMU: the
 //! order of states and events, what is refused, who lets a guest run again when a migration fails,
 //! what is answered to a probe. It refuses arguments and commands that [`crate::schema::SENT`]
 //! does not name. TLS is imitated: the certificates are read, both ends must use it or neither, the

@@ -500,3 +500,46 @@ fn job(entry: &Value) -> Job {
         error: text(entry, "/error"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_run_state_keeps_its_word() {
+        let words = [
+            "running",
+            "paused",
+            "prelaunch",
+            "inmigrate",
+            "postmigrate",
+            "finish-migrate",
+            "shutdown",
+            "save-vm",
+            "restore-vm",
+            "suspended",
+            "guest-panicked",
+            "io-error",
+            "internal-error",
+            "watchdog",
+            "debug",
+            "colo",
+            "dreaming",
+        ];
+        for word in words {
+            let state = RunState::from_wire(word);
+            assert_eq!(state.as_wire(), word);
+            assert_eq!(matches!(state, RunState::Unknown(_)), word == "dreaming", "{word}");
+        }
+    }
+
+    #[test]
+    fn entries_without_their_fields_are_still_entries() {
+        let bare = block_device(&json!({}));
+        assert_eq!((bare.device.as_str(), bare.node, bare.read_only), ("", None, None));
+        let by_path = block_device(&json!({ "device": "", "qdev": "/machine/x" }));
+        assert_eq!(by_path.device, "/machine/x");
+        let failed = job(&json!({ "id": "m", "status": "concluded", "error": "No space" }));
+        assert_eq!(failed.error.as_deref(), Some("No space"));
+    }
+}

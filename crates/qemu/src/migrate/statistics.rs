@@ -213,3 +213,58 @@ impl RamStatistics {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn every_figure_may_be_missing() {
+        assert_eq!(Statistics::from_wire(&json!({})), Statistics::default());
+        assert_eq!(Statistics::from_wire(&Value::Null), Statistics::default());
+        let strange = json!({ "status": 7, "ram": "much", "total-time": -1, "downtime": 1.5 });
+        assert_eq!(Statistics::from_wire(&strange), Statistics::default());
+    }
+
+    /// As 7.2 answered after a migration.
+    #[test]
+    fn figures_are_found_where_qemu_puts_them() {
+        let figures = Statistics::from_wire(&json!({
+            "status": "completed", "setup-time": 5, "downtime": 59, "total-time": 63,
+            "blocked-reasons": ["a device"], "cpu-throttle-percentage": 20,
+            "ram": {
+                "total": 67_641_344, "postcopy-requests": 0, "dirty-sync-count": 2,
+                "multifd-bytes": 0, "pages-per-second": 0, "downtime-bytes": 135_437,
+                "page-size": 4096, "remaining": 0, "postcopy-bytes": 0, "mbps": 108.5,
+                "transferred": 779_648, "dirty-sync-missed-zero-copy": 0,
+                "precopy-bytes": 644_211, "duplicate": 16_393, "dirty-pages-rate": 0,
+                "normal-bytes": 630_784, "normal": 154
+            }
+        }));
+        assert_eq!(figures.status, MigrationStatus::Completed);
+        assert_eq!((figures.total_time_ms, figures.downtime_ms), (Some(63), Some(59)));
+        assert_eq!(figures.setup_time_ms, Some(5));
+        assert_eq!(figures.blocked_reasons, ["a device"]);
+        assert_eq!(figures.cpu_throttle_percentage, Some(20));
+        let ram = &figures.ram;
+        assert_eq!((ram.transferred_bytes, ram.remaining_bytes), (Some(779_648), Some(0)));
+        assert_eq!((ram.normal_pages, ram.normal_bytes), (Some(154), Some(630_784)));
+        assert_eq!((ram.duplicate_pages, ram.dirty_sync_count), (Some(16_393), Some(2)));
+        assert_eq!((ram.precopy_bytes, ram.downtime_bytes), (Some(644_211), Some(135_437)));
+        assert_eq!(ram.mbps, Some(108.5));
+    }
+
+    #[test]
+    fn an_unknown_status_is_kept_by_its_word() {
+        let status = MigrationStatus::from_wire("teleporting");
+        assert_eq!(status, MigrationStatus::Unknown("teleporting".to_owned()));
+        for word in ["pre-switchover", "postcopy-recover-setup", "none", "teleporting"] {
+            let status = MigrationStatus::from_wire(word);
+            let text = serde_json::to_string(&status).unwrap();
+            assert_eq!(text, format!("\"{word}\""));
+            assert_eq!(serde_json::from_str::<MigrationStatus>(&text).unwrap(), status);
+        }
+    }
+}
