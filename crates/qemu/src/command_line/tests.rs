@@ -149,3 +149,22 @@ fn most_devices_fit_their_addresses() {
     assert_eq!((slots.len(), distinct), (DISKS_MAX + NICS_MAX + 1, DISKS_MAX + NICS_MAX + 1));
     assert!(slots.first() > Some(&"01") && slots.last() < Some(&"1f"), "{slots:?}");
 }
+
+#[test]
+fn a_translated_guest_has_a_block_whose_every_write_is_seen() {
+    let size = |accelerator, machine_type: &str| {
+        let spec = VmSpec { accelerator, machine_type: machine_type.to_owned(), ..web01() };
+        let text = lines(&spec);
+        let beside = block_bytes(&spec) - spec.memory_bytes;
+        assert!(text.contains(&format!("size={}K", block_bytes(&spec) / 1024)), "{text}");
+        assert!(text.contains(&format!("\"size\":{}", block_bytes(&spec))), "{text}");
+        beside
+    };
+    assert_eq!(size(Accelerator::Tcg, "pc-q35-7.2"), TCG_EXTRA_BYTES);
+    assert_eq!(size(Accelerator::Tcg, "pc-i440fx-9.2"), TCG_EXTRA_BYTES);
+    assert_eq!(size(Accelerator::Tcg, "pc-q35-10.0"), 0);
+    assert_eq!(size(Accelerator::Tcg, "microvm"), TCG_EXTRA_BYTES);
+    assert_eq!(size(Accelerator::Kvm, "pc-q35-7.2"), 0);
+    // 64 pages of 4 KiB are what QEMU marks with one word.
+    assert_ne!((web01().memory_bytes + TCG_EXTRA_BYTES) % (64 * 4096), 0);
+}
