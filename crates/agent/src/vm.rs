@@ -146,8 +146,8 @@ impl Vms {
         log_if_failed(vm, self.order_in_turn(vm, order).await);
     }
 
-    /// Forgets a lent VM that is another host's now: its row and its task go; ownership records and disks stay. Its QEMU
-    /// has been taken down by [`spawn::destroy`]; what is left of the run is taken down here. Unknown VMs are no error.
+    /// Forgets a lent VM that is another host's now: its row and its task go; ownership records and disks stay. Whoever
+    /// has its QEMU ends it with [`spawn::destroy`], before or after. Unknown VMs are no error.
     pub async fn forget(&self, vm: VmId) {
         match self.order_in_turn(vm, Order::Forget).await {
             Ok(true) => drop(self.tasks().remove(&vm)),

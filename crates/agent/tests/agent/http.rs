@@ -38,7 +38,7 @@ fn client(place: &Place, credentials: &Credentials) -> AgentClient {
 }
 
 fn controller(place: &Place) -> AgentClient {
-    client(place, &ControllerIdentity::issue(&place.authority).unwrap().client())
+    client(place, &place.pool.controller.client())
 }
 
 #[test]
@@ -84,8 +84,8 @@ fn nobody_else_may_call() {
     in_namespace(|| {
         let place = Place::with_fake();
         serve(&place, async || {
-            let operator = OperatorIdentity::issue(&place.authority, "ann").unwrap();
-            let agent = HostIdentity::issue(&place.authority, "host-b").unwrap();
+            let operator = OperatorIdentity::issue(&place.pool.authority, "ann").unwrap();
+            let agent = HostIdentity::issue(&place.pool.authority, "b").unwrap();
             for credentials in [operator.client(), agent.client()] {
                 let client = client(&place, &credentials);
                 assert_eq!(client.host().await.unwrap_err().code, ErrorCode::NotAllowed);
@@ -105,15 +105,14 @@ fn what_is_not_well_formed_is_refused_with_a_code() {
     in_namespace(|| {
         let place = Place::with_fake();
         serve(&place, async || {
-            let credentials = ControllerIdentity::issue(&place.authority).unwrap().client();
+            let credentials = place.pool.controller.client();
             let http = reqwest::Client::builder()
                 .tls_backend_preconfigured(tls::client_config(&credentials).unwrap())
-                .resolve(&agent_dns_name("host-a"), place.config.listen)
+                .resolve(&agent_dns_name("a"), place.config.listen)
                 .no_proxy()
                 .build()
                 .unwrap();
-            let base =
-                format!("https://{}:{}/v1", agent_dns_name("host-a"), place.config.listen.port());
+            let base = format!("https://{}:{}/v1", agent_dns_name("a"), place.config.listen.port());
             let put = async |path: &str, body: String| {
                 let answer = http.put(format!("{base}{path}")).body(body).send().await.unwrap();
                 let status = answer.status().as_u16();

@@ -80,7 +80,7 @@ fn a_vm_that_has_moved_is_forgotten_and_its_disk_kept() {
             host.vms.forget(id).await;
             assert_eq!(host.vms.report(id).unwrap_err().code, ErrorCode::NotFound);
             place.assert_clean(&host).await;
-            assert!(place.dir.path().join(format!("storage/vms/{id}/vda.qcow2")).exists());
+            assert!(place.dir().join(format!("storage/vms/{id}/vda.qcow2")).exists());
             id
         });
         place.life(async |host| assert!(host.vms.report(id).is_err()));
@@ -95,7 +95,7 @@ fn an_arriving_vm_is_taken_in_or_taken_down() {
             let made = vm::create(&host, definition()).await.unwrap();
             let arriving = made.definition;
             host.vms.delete(arriving.id).await.unwrap();
-            let file = place.dir.path().join("storage").join(&arriving.disks[0].file.path);
+            let file = place.dir().join("storage").join(&arriving.disks[0].file.path);
             std::fs::create_dir_all(file.parent().unwrap()).unwrap();
             std::fs::write(&file, "").unwrap();
             nix::unistd::chown(&file, Some(65534.into()), Some(65534.into())).unwrap();

@@ -4,6 +4,7 @@
 
 mod http;
 mod loans;
+mod migrations;
 mod place;
 mod real;
 mod restarts;

@@ -1,6 +1,8 @@
 //! A host for a test: its folder, its identity, and agents that live and die on it.
 
+use std::fs::Permissions;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,15 +16,22 @@ use whimbrel_api::pool::Storage;
 use whimbrel_api::vm::{Boot, Disk, ImageFormat, StoragePath, VmAction, VmDefinition, VmState};
 use whimbrel_api::{Name, VmId};
 use whimbrel_pki::authority::Authority;
-use whimbrel_pki::files::HostIdentity;
+use whimbrel_pki::files::{ControllerIdentity, HostIdentity};
 
 /// How long a test waits for what must come.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-pub(crate) struct Place {
-    pub(crate) dir: tempfile::TempDir,
-    pub(crate) config: AgentConfig,
+/// A pool without its controller: an authority, a storage that all hosts share, and a folder for all of it.
+pub(crate) struct Pool {
+    dir: tempfile::TempDir,
     pub(crate) authority: Authority,
+    pub(crate) controller: ControllerIdentity,
+}
+
+/// One host of a pool.
+pub(crate) struct Place {
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) config: AgentConfig,
 }
 
 /// Runs a test on a thread with a network namespace of its own, which vanishes with it.
@@ -44,46 +53,72 @@ fn fake_qemu() -> PathBuf {
     fake
 }
 
-impl Place {
+impl Pool {
+    pub(crate) fn new() -> Arc<Self> {
+        let dir = tempfile::Builder::new().prefix("wb").tempdir().unwrap();
+        for (folder, mode) in [(".", 0o755), ("storage", 0o755), ("watch", 0o777)] {
+            let path = dir.path().join(folder);
+            std::fs::create_dir_all(&path).unwrap();
+            std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        }
+        let authority = Authority::create().unwrap();
+        let controller = ControllerIdentity::issue(&authority).unwrap();
+        Arc::new(Self { dir, authority, controller })
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// A host whose QEMU is the fake.
-    pub(crate) fn with_fake() -> Self {
-        let place = Self::with_engine(Path::new("/set/below"));
+    pub(crate) fn host(self: &Arc<Self>, name: &str, port: u16) -> Place {
         // A copy within reach of QEMU's user, behind a script that tells the fake of its test.
-        let program = place.dir.path().join("fake-qemu");
-        std::fs::copy(fake_qemu(), &program).unwrap();
-        let watch = place.dir.path().join("watch");
-        std::fs::create_dir(&watch).unwrap();
-        std::fs::set_permissions(&watch, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let program = self.dir().join("fake-qemu");
+        if !program.exists() {
+            std::fs::copy(fake_qemu(), &program).unwrap();
+        }
+        let engine = self.dir().join(format!("{name}-qemu"));
+        let place = self.host_with_engine(name, port, &engine);
         let script = format!(
             "#!/bin/sh\nexport FAKE_QEMU_VERSION=7.2 FAKE_QEMU_WATCH_DIR={} FAKE_QEMU_FAULTS_FILE={}\nexec {} \"$@\"\n",
-            watch.display(),
+            self.dir().join("watch").display(),
             place.faults_file().display(),
             program.display(),
         );
-        let engine = &place.config.engines[0];
-        std::fs::write(engine, script).unwrap();
-        std::fs::set_permissions(engine, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::write(&engine, script).unwrap();
+        std::fs::set_permissions(&engine, Permissions::from_mode(0o755)).unwrap();
         place
     }
 
-    /// A host with this QEMU, or with a script that is yet to be written in its folder.
-    pub(crate) fn with_engine(engine: &Path) -> Self {
-        let dir = tempfile::Builder::new().prefix("wb").tempdir().unwrap();
-        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        std::fs::create_dir(dir.path().join("storage")).unwrap();
-        let authority = Authority::create().unwrap();
-        let listen = "127.0.0.1:7440".parse().unwrap();
-        let mut config = AgentConfig::new(dir.path().join("a"), "host-a".parse().unwrap(), listen);
-        config.engines =
-            vec![if engine.exists() { engine.to_owned() } else { dir.path().join("qemu") }];
+    fn host_with_engine(self: &Arc<Self>, name: &str, port: u16, engine: &Path) -> Place {
+        let listen = SocketAddr::from(([127, 0, 0, 1], port));
+        let mut config = AgentConfig::new(self.dir().join(name), name.parse().unwrap(), listen);
+        config.engines = vec![engine.to_owned()];
         config.accelerator = AcceleratorChoice::Tcg;
-        HostIdentity::issue(&authority, "host-a").unwrap().save(&config.pki_dir()).unwrap();
-        Self { dir, config, authority }
+        HostIdentity::issue(&self.authority, name).unwrap().save(&config.pki_dir()).unwrap();
+        Place { pool: Arc::clone(self), config }
+    }
+}
+
+impl Place {
+    /// A host in a pool of its own, whose QEMU is the fake.
+    pub(crate) fn with_fake() -> Self {
+        Pool::new().host("a", 7440)
+    }
+
+    /// A host in a pool of its own, with this QEMU.
+    pub(crate) fn with_engine(engine: &Path) -> Self {
+        Pool::new().host_with_engine("a", 7440, engine)
+    }
+
+    /// The folder of the whole pool.
+    pub(crate) fn dir(&self) -> &Path {
+        self.pool.dir()
     }
 
     /// What goes wrong in every fake of this host.
     pub(crate) fn faults_file(&self) -> PathBuf {
-        self.dir.path().join("faults")
+        self.dir().join(format!("{}-faults", self.config.name))
     }
 
     pub(crate) fn faults(&self, faults: &str) {
@@ -103,24 +138,39 @@ impl Place {
 
     /// One life of the agent: it takes up what was there, `during` happens, and it dies without a word.
     pub(crate) fn life<T, F: Future<Output = T>>(&self, during: impl FnOnce(Arc<Host>) -> F) -> T {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = runtime();
         let outcome = runtime.block_on(async {
-            let agent = Agent::prepare(self.config.clone()).await.unwrap();
-            agent.host.storages.put(self.storage());
-            agent.host.ledger.put_storage(&self.storage()).await.unwrap();
+            let agent = self.prepare().await;
             during(Arc::clone(&agent.host)).await
         });
         runtime.shutdown_timeout(PATIENCE);
         outcome
     }
 
+    /// One life of the agent with its door open, until it is killed.
+    pub(crate) fn live(&self) -> Life {
+        let runtime = runtime();
+        let host = runtime.block_on(async {
+            let agent = self.prepare().await;
+            let host = Arc::clone(&agent.host);
+            tokio::spawn(agent.serve(std::future::pending()));
+            let listen = self.config.listen;
+            eventually(async || tokio::net::TcpStream::connect(listen).await.is_ok()).await;
+            host
+        });
+        Life { host, runtime }
+    }
+
+    async fn prepare(&self) -> Agent {
+        let agent = Agent::prepare(self.config.clone()).await.unwrap();
+        agent.host.storages.put(self.storage());
+        agent.host.ledger.put_storage(&self.storage()).await.unwrap();
+        agent
+    }
+
     pub(crate) fn storage(&self) -> Storage {
-        let path = self.dir.path().join("storage");
-        Storage { name: storage_name(), path: path.to_str().unwrap().to_owned(), shared: false }
+        let path = self.dir().join("storage");
+        Storage { name: storage_name(), path: path.to_str().unwrap().to_owned(), shared: true }
     }
 
     /// The folders of QEMUs that are there.
@@ -147,8 +197,34 @@ impl Place {
         assert_eq!(self.run_folders(), Vec::<String>::new());
         assert_eq!(host.ledger.runs().await.unwrap(), []);
         assert_eq!(host.ledger.journaled().await.unwrap(), []);
-        assert!(!self.dir.path().join("watch/violations").exists());
+        assert!(!self.dir().join("watch/violations").exists());
     }
+}
+
+/// An agent that lives.
+pub(crate) struct Life {
+    pub(crate) host: Arc<Host>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Life {
+    /// Lets something happen in the agent's own runtime.
+    pub(crate) async fn spawn<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> T {
+        self.runtime.spawn(work).await.unwrap()
+    }
+
+    /// Ends the agent without a word, as `kill -9` would.
+    pub(crate) fn kill(self) {
+        drop(self.host);
+        self.runtime.shutdown_timeout(PATIENCE);
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
 impl Drop for Place {

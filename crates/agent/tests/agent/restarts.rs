@@ -135,7 +135,7 @@ fn a_creation_that_was_cut_off_leaves_no_file() {
         let place = Place::with_fake();
         let asked = definition();
         let id = asked.id;
-        let folder = place.dir.path().join(format!("storage/vms/{id}"));
+        let folder = place.dir().join(format!("storage/vms/{id}"));
         place.life(async |host| {
             // As if it had died after the first file: named in the journal, without a VM.
             let made = vm::create(&host, asked.clone()).await.unwrap();
@@ -175,7 +175,7 @@ fn what_is_another_hosts_is_ended_and_forgotten() {
         place.life(async |host| {
             assert_eq!(host.vms.report(id).unwrap_err().code, ErrorCode::NotFound);
             place.assert_clean(&host).await;
-            let disk = place.dir.path().join(format!("storage/vms/{id}/vda.qcow2"));
+            let disk = place.dir().join(format!("storage/vms/{id}/vda.qcow2"));
             assert!(disk.exists(), "the disk is the new owner's");
         });
     });

@@ -12,7 +12,7 @@ use crate::place::{
 fn created_started_stopped_deleted() {
     in_namespace(|| {
         let place = Place::with_fake();
-        let image = place.dir.path().join("storage/image.raw");
+        let image = place.dir().join("storage/image.raw");
         std::fs::write(image, vec![1_u8; 1 << 20]).unwrap();
         place.life(async |host| {
             let mut asked = definition();
@@ -29,7 +29,7 @@ fn created_started_stopped_deleted() {
             assert_eq!(made.state, VmState::Stopped);
             assert_eq!(made.definition.machine, "pc-q35-7.2");
             assert_eq!(made.definition.disks[1].size_bytes, 1 << 20);
-            let folder = place.dir.path().join(format!("storage/vms/{id}"));
+            let folder = place.dir().join(format!("storage/vms/{id}"));
             assert!(folder.join("vda.qcow2").exists() && folder.join("vdb.qcow2").exists());
             // The same request again is the same VM; another one with its id is refused.
             assert_eq!(vm::create(&host, asked.clone()).await.unwrap(), made);
@@ -85,7 +85,7 @@ fn what_cannot_be_made_leaves_nothing() {
             for (path, code) in
                 [("absent.raw", ErrorCode::BadPath), ("bad.raw", ErrorCode::BadImage)]
             {
-                std::fs::write(place.dir.path().join("storage/bad.raw"), b"QFI\xfb....").unwrap();
+                std::fs::write(place.dir().join("storage/bad.raw"), b"QFI\xfb....").unwrap();
                 let mut case = definition();
                 // The first disk is made before the second one fails.
                 let mut second = case.disks[0].clone();
@@ -102,7 +102,7 @@ fn what_cannot_be_made_leaves_nothing() {
                 let refused = vm::create(&host, case).await.unwrap_err();
                 assert_eq!(refused.code, code, "{refused}");
                 assert!(host.vms.report(id).is_err());
-                assert!(!place.dir.path().join(format!("storage/vms/{id}")).exists());
+                assert!(!place.dir().join(format!("storage/vms/{id}")).exists());
             }
             place.assert_clean(&host).await;
         });

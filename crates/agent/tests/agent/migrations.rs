@@ -1,0 +1,453 @@
+//! Two agents pass a VM from one fake QEMU to another; the test plays the controller.
+//!
+//! The fakes keep a lock on each guest that runs, so a guest that ran twice at once would be on record in the end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use whimbrel_api::agent::{
+    IncomingOffer, IncomingReport, IncomingRequest, KnockConnect, KnockListen, OutgoingEnd,
+    OutgoingReport, OutgoingRequest, Reach,
+};
+use whimbrel_api::client::AgentClient;
+use whimbrel_api::migration::{MigrateOptions, Stay};
+use whimbrel_api::vm::{VmAction, VmState};
+use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Phase, VmId};
+use whimbrel_pki::grant::{Claims, SignedGrant};
+use whimbrel_pki::tls;
+
+use crate::place::{Life, PATIENCE, Place, Pool, eventually, in_namespace, running, state};
+
+struct Pair {
+    pool: Arc<Pool>,
+    a: Place,
+    b: Place,
+    calls: tokio::runtime::Runtime,
+    last_epoch: AtomicU64,
+}
+
+/// One try to move a VM.
+#[derive(Clone, Copy)]
+struct Try {
+    id: MigrationId,
+    vm: VmId,
+    epoch: Epoch,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let pool = Pool::new();
+        let (a, b) = (pool.host("a", 7440), pool.host("b", 7441));
+        let calls =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        Self { pool, a, b, calls: calls.unwrap(), last_epoch: AtomicU64::new(0) }
+    }
+
+    fn client(&self, place: &Place) -> AgentClient {
+        let tls = tls::client_config(&self.pool.controller.client()).unwrap();
+        AgentClient::new(&place.config.name, &place.config.advertised(), Arc::new(tls)).unwrap()
+    }
+
+    /// A VM that runs on a life's host.
+    fn vm_on(&self, life: &Life) -> VmId {
+        let host = Arc::clone(&life.host);
+        let report = self.calls.block_on(life.spawn(async move { running(&host).await }));
+        report.definition.id
+    }
+
+    fn try_to_move(&self, vm: VmId, from: &Life) -> Try {
+        // An epoch that no try has had: one that ended early has burnt its own at the destination alone.
+        let owned = from.host.vms.report(vm).unwrap().epoch;
+        let last = self.last_epoch.load(Ordering::Relaxed).max(owned.0);
+        let epoch = Epoch(last).next();
+        self.last_epoch.store(epoch.0, Ordering::Relaxed);
+        Try { id: MigrationId::new(), vm, epoch }
+    }
+
+    fn grant(&self, one: &Try, from: &Place, to: &Place) -> SignedGrant {
+        let (not_before, expires) = Claims::window(SystemTime::now());
+        let claims = Claims {
+            vm: one.vm.to_string(),
+            migration: one.id.to_string(),
+            source: from.config.name.to_string(),
+            destination: to.config.name.to_string(),
+            epoch: one.epoch.0 - 1,
+            not_before,
+            expires,
+        };
+        SignedGrant::sign(&claims, &self.pool.controller.client()).unwrap()
+    }
+
+    async fn prepare(
+        &self,
+        one: &Try,
+        from: &Place,
+        to: &Place,
+    ) -> Result<IncomingOffer, ApiError> {
+        let definition = self.client(from).vm(one.vm).await?.definition;
+        let grant = self.grant(one, from, to);
+        let source = from.config.name.clone();
+        let request = IncomingRequest { definition, source, epoch: one.epoch, grant };
+        self.client(to).put_incoming(one.id, &request).await
+    }
+
+    async fn send(
+        &self,
+        one: &Try,
+        from: &Place,
+        to: &Place,
+        offer: IncomingOffer,
+    ) -> Result<OutgoingReport, ApiError> {
+        let request = OutgoingRequest {
+            vm: one.vm,
+            destination: to.config.name.clone(),
+            epoch: one.epoch,
+            options: MigrateOptions::default(),
+            offer,
+            grant: self.grant(one, from, to),
+        };
+        self.client(from).put_outgoing(one.id, &request).await
+    }
+
+    async fn begin(&self, one: &Try, from: &Place, to: &Place) {
+        let offer = self.prepare(one, from, to).await.unwrap();
+        self.send(one, from, to, offer).await.unwrap();
+    }
+
+    /// How the source's side ends.
+    async fn end(&self, one: &Try, from: &Place) -> OutgoingEnd {
+        let client = self.client(from);
+        let waiting = async {
+            loop {
+                // An agent that is being started again does not answer.
+                if let Ok(report) = client.outgoing(one.id).await
+                    && !matches!(report.end, OutgoingEnd::Open | OutgoingEnd::Unresolved { .. })
+                {
+                    return report.end;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, waiting).await.expect("a migration ends")
+    }
+
+    async fn phase(&self, one: &Try, from: &Place, phase: Phase) {
+        let client = self.client(from);
+        let there =
+            async || client.outgoing(one.id).await.is_ok_and(|report| report.phase == phase);
+        eventually(there).await;
+    }
+
+    fn move_it(&self, vm: VmId, (from, source): (&Place, &Life), to: &Place) -> Try {
+        let one = self.try_to_move(vm, source);
+        self.calls.block_on(async {
+            self.begin(&one, from, to).await;
+            assert_eq!(self.end(&one, from).await, OutgoingEnd::Moved);
+        });
+        one
+    }
+
+    /// What the controller does after a migration that did not move the VM.
+    fn settle(&self, one: &Try, to: &Place) {
+        let told = self.calls.block_on(self.client(to).delete_incoming(one.id));
+        assert!(!matches!(told, Ok(IncomingReport::Owned { .. })), "{told:?}");
+    }
+
+    /// Nothing is left on a host that runs nothing.
+    fn assert_clean(&self, place: &Place, life: &Life) {
+        self.calls.block_on(async {
+            eventually(async || place.run_folders().is_empty()).await;
+            place.assert_clean(&life.host).await;
+        });
+    }
+
+    fn assert_runs_on(&self, vm: VmId, life: &Life) {
+        self.calls.block_on(eventually(async || {
+            life.host.vms.report(vm).is_ok_and(|report| report.state == VmState::Running)
+        }));
+    }
+}
+
+fn with_pair(test: impl FnOnce(&Pair, Life, Life) + Send + 'static) {
+    in_namespace(|| {
+        let pair = Pair::new();
+        let (a, b) = (pair.a.live(), pair.b.live());
+        test(&pair, a, b);
+    });
+}
+
+#[test]
+fn a_vm_moves_there_and_back_and_there_again() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let disk = pair.pool.dir().join(format!("storage/vms/{vm}/vda.qcow2"));
+        for round in 0..3 {
+            let there = pair.move_it(vm, (&pair.a, &a), &pair.b);
+            pair.assert_runs_on(vm, &b);
+            assert_eq!(b.host.vms.report(vm).unwrap().epoch, Epoch(2 + 2 * round));
+            assert!(a.host.vms.report(vm).is_err());
+            pair.assert_clean(&pair.a, &a);
+            let reported = pair.calls.block_on(pair.client(&pair.b).incoming(there.id)).unwrap();
+            assert!(matches!(reported, IncomingReport::Owned { .. }), "{reported:?}");
+            let back = pair.move_it(vm, (&pair.b, &b), &pair.a);
+            pair.assert_runs_on(vm, &a);
+            pair.assert_clean(&pair.b, &b);
+            pair.calls.block_on(async {
+                pair.client(&pair.a).delete_outgoing(there.id).await.unwrap();
+                pair.client(&pair.b).delete_outgoing(back.id).await.unwrap();
+            });
+            assert!(disk.exists());
+        }
+    });
+}
+
+#[test]
+fn a_paused_vm_arrives_paused() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.calls.block_on(a.host.vms.act(vm, VmAction::Pause, false)).unwrap();
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+        pair.calls.block_on(eventually(async || b.host.vms.report(vm).is_ok()));
+        assert_eq!(state(&b.host, vm), VmState::Paused);
+        let resumed = pair.calls.block_on(b.host.vms.act(vm, VmAction::Resume, false)).unwrap();
+        assert_eq!(resumed.state, VmState::Running);
+        pair.assert_clean(&pair.a, &a);
+    });
+}
+
+#[test]
+fn a_cancelled_vm_stays_and_the_next_try_moves_it() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.a.faults("stall:copying");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Precopy).await;
+            let refused = a.host.vms.act(vm, VmAction::Stop, true).await.unwrap_err();
+            assert_eq!(refused.code, ErrorCode::Migrating);
+            pair.a.faults("");
+            pair.client(&pair.a).cancel_outgoing(one.id).await.unwrap();
+            let end = pair.end(&one, &pair.a).await;
+            assert_eq!(end, OutgoingEnd::Stayed { why: Stay::Cancelled });
+            // Too late is told, and changes nothing.
+            let _ = pair.client(&pair.a).cancel_outgoing(one.id).await;
+        });
+        pair.settle(&one, &pair.b);
+        pair.assert_runs_on(vm, &a);
+        pair.assert_clean(&pair.b, &b);
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+        pair.assert_runs_on(vm, &b);
+        pair.assert_clean(&pair.a, &a);
+    });
+}
+
+#[test]
+fn whatever_fails_before_the_release_leaves_the_vm_where_it_was() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let faults = [
+            (&pair.a, "refuse:migrate"),
+            (&pair.a, "refuse:copying"),
+            (&pair.a, "refuse:pre-switchover"),
+            (&pair.b, "die:accepted"),
+            (&pair.b, "die:loading"),
+            (&pair.b, "refuse:loading"),
+        ];
+        for (place, fault) in faults {
+            let one = pair.try_to_move(vm, &a);
+            pair.calls.block_on(async {
+                let offer = pair.prepare(&one, &pair.a, &pair.b).await.unwrap();
+                place.faults(fault);
+                pair.send(&one, &pair.a, &pair.b, offer).await.unwrap();
+                let end = pair.end(&one, &pair.a).await;
+                assert!(matches!(end, OutgoingEnd::Stayed { .. }), "{fault}: {end:?}");
+            });
+            place.faults("");
+            pair.settle(&one, &pair.b);
+            pair.assert_runs_on(vm, &a);
+            pair.assert_clean(&pair.b, &b);
+        }
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+        pair.assert_runs_on(vm, &b);
+        pair.assert_clean(&pair.a, &a);
+    });
+}
+
+#[test]
+fn a_destination_that_does_not_come_up_is_swept() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        for fault in ["refuse:start", "refuse:migrate-incoming", "die:migrate-incoming"] {
+            pair.b.faults(fault);
+            let one = pair.try_to_move(vm, &a);
+            let refused = pair.calls.block_on(pair.prepare(&one, &pair.a, &pair.b)).unwrap_err();
+            assert_eq!(refused.code, ErrorCode::Engine, "{fault}: {refused}");
+            pair.b.faults("");
+            pair.settle(&one, &pair.b);
+            pair.assert_clean(&pair.b, &b);
+        }
+        pair.assert_runs_on(vm, &a);
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+    });
+}
+
+#[test]
+fn a_killed_source_agent_keeps_the_vm_during_the_copy() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.a.faults("stall:copying");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Precopy).await;
+        });
+        a.kill();
+        pair.a.faults("");
+        let a = pair.a.live();
+        let end = pair.calls.block_on(pair.end(&one, &pair.a));
+        assert!(matches!(end, OutgoingEnd::Stayed { .. }), "{end:?}");
+        pair.settle(&one, &pair.b);
+        pair.assert_runs_on(vm, &a);
+        pair.assert_clean(&pair.b, &b);
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+        pair.assert_runs_on(vm, &b);
+    });
+}
+
+#[test]
+fn a_killed_destination_agent_gives_the_vm_up_during_the_copy() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.a.faults("stall:copying");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Precopy).await;
+        });
+        b.kill();
+        let b = pair.b.live();
+        pair.a.faults("");
+        let end = pair.calls.block_on(pair.end(&one, &pair.a));
+        match end {
+            // Both are right: a destination that was found again may go on.
+            OutgoingEnd::Moved => {
+                pair.assert_runs_on(vm, &b);
+                pair.assert_clean(&pair.a, &a);
+            }
+            OutgoingEnd::Stayed { .. } => {
+                pair.assert_runs_on(vm, &a);
+                pair.assert_clean(&pair.b, &b);
+                pair.move_it(vm, (&pair.a, &a), &pair.b);
+            }
+            other => panic!("{other:?}"),
+        }
+    });
+}
+
+#[test]
+fn a_source_agent_killed_at_the_release_settles_with_the_destination() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.a.failpoints("source.before-release=stall");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Switchover).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        });
+        a.kill();
+        pair.a.failpoints("");
+        let a = pair.a.live();
+        let end = pair.calls.block_on(pair.end(&one, &pair.a));
+        // Nothing was released: the guest resumes where it was.
+        assert!(matches!(end, OutgoingEnd::Stayed { .. }), "{end:?}");
+        pair.settle(&one, &pair.b);
+        pair.assert_runs_on(vm, &a);
+        pair.assert_clean(&pair.b, &b);
+    });
+}
+
+#[test]
+fn a_destination_agent_killed_before_it_owns_is_asked_until_it_answers() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            let offer = pair.prepare(&one, &pair.a, &pair.b).await.unwrap();
+            // GO finds the destination before its own word is on the disk.
+            pair.b.failpoints("ledger.persist=stall");
+            pair.send(&one, &pair.a, &pair.b, offer).await.unwrap();
+            let released = async || {
+                let current = a.host.ledger.current(vm).await.unwrap().unwrap();
+                matches!(current.standing, whimbrel_migration::handoff::Standing::Released { .. })
+            };
+            eventually(released).await;
+        });
+        b.kill();
+        assert_eq!(pair.a.processes().len(), 1, "the source is kept while it is in doubt");
+        pair.b.failpoints("");
+        let b = pair.b.live();
+        let end = pair.calls.block_on(pair.end(&one, &pair.a));
+        assert!(matches!(end, OutgoingEnd::Moved | OutgoingEnd::Stayed { .. }), "{end:?}");
+        let (owner, life, other, other_life) = match end {
+            OutgoingEnd::Moved => (&pair.b, &b, &pair.a, &a),
+            _ => (&pair.a, &a, &pair.b, &b),
+        };
+        pair.assert_runs_on(vm, life);
+        assert_eq!(owner.processes().len(), 1);
+        pair.assert_clean(other, other_life);
+    });
+}
+
+#[test]
+fn a_migration_needs_the_controllers_word_for_exactly_this() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.try_to_move(vm, &a);
+        let other = Try { vm: VmId::new(), ..pair.try_to_move(vm, &a) };
+        pair.calls.block_on(async {
+            let definition = pair.client(&pair.a).vm(vm).await.unwrap().definition;
+            let request = |grant| IncomingRequest {
+                definition: definition.clone(),
+                source: pair.a.config.name.clone(),
+                epoch: one.epoch,
+                grant,
+            };
+            let grants = [
+                pair.grant(&other, &pair.a, &pair.b),
+                pair.grant(&one, &pair.b, &pair.a),
+                pair.grant(&Try { epoch: one.epoch.next(), ..one }, &pair.a, &pair.b),
+            ];
+            for grant in grants {
+                let client = pair.client(&pair.b);
+                let refused = client.put_incoming(one.id, &request(grant)).await.unwrap_err();
+                assert_eq!(refused.code, ErrorCode::NotAllowed, "{refused}");
+            }
+        });
+        pair.assert_clean(&pair.b, &b);
+        pair.assert_runs_on(vm, &a);
+    });
+}
+
+#[test]
+fn the_way_is_tried_beforehand() {
+    with_pair(|pair, _a, b| {
+        pair.calls.block_on(async {
+            let listen = KnockListen { from: pair.a.config.name.clone() };
+            let address = pair.client(&pair.b).knock_listen(&listen).await.unwrap();
+            let mut connect = KnockConnect { to: pair.b.config.name.clone(), address };
+            let reach = pair.client(&pair.a).knock_connect(&connect).await.unwrap();
+            assert!(matches!(reach, Reach::Open { .. }), "{reach:?}");
+            connect.address.host = "no-such-host.invalid".to_owned();
+            let reach = pair.client(&pair.a).knock_connect(&connect).await.unwrap();
+            assert!(matches!(reach, Reach::Unresolvable { .. }), "{reach:?}");
+            connect.address.host = "127.0.0.1".to_owned();
+            connect.address.port = 1;
+            let reach = pair.client(&pair.a).knock_connect(&connect).await.unwrap();
+            assert!(matches!(reach, Reach::Closed { .. }), "{reach:?}");
+        });
+        b.kill();
+    });
+}
