@@ -1,3 +1,5 @@
+//! The arguments as a whole, and what each rule of [`super`] refuses or adds.
+
 use std::path::PathBuf;
 
 use super::*;

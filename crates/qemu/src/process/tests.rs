@@ -1,3 +1,5 @@
+//! Processes started, watched, found again and ended: tried on real ones.
+
 use std::io::Write;
 
 use rustix::process::{getpgid, getpid};
