@@ -29,7 +29,7 @@ use whimbrel_api::migration::{Progress, Stay};
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, Downtime, ErrorCode, MigrationId, Phase};
 use whimbrel_migration::handoff::{
-    Action, Body, Message, Ownership, RESEND_INTERVAL_MS, Source, SourceInput, Standing,
+    Action, Body, Claim, Message, Ownership, RESEND_INTERVAL_MS, Source, SourceInput, Standing,
     UNRESOLVED_AFTER_MS,
 };
 use whimbrel_migration::phase::Outcome;
@@ -202,16 +202,9 @@ impl Departure {
         guest: &RunningVm,
     ) -> Result<(Source, Vec<Action>), ApiError> {
         let spent = host.ledger.ownership(request.vm, Some(id)).await?.is_some();
-        let begun = Source::begin(&guest.ownership, spent, id, request.destination.clone());
+        let claim = Claim { vm: request.vm, migration: id, epoch: request.epoch };
+        let begun = Source::begin(&guest.ownership, spent, claim, request.destination.clone());
         let (rules, first) = begun.map_err(|why| refused(&why))?;
-        if rules.claim().epoch != request.epoch {
-            let message = format!(
-                "the order is for epoch {}, and this host would give away epoch {}",
-                request.epoch,
-                rules.claim().epoch
-            );
-            return Err(ApiError::new(ErrorCode::WrongState, message));
-        }
         let user = host.qemu_user();
         write_qemu_credentials(
             &host.identity,

@@ -10,11 +10,14 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use whimbrel_api::agent::{HostReport, KnockConnect, KnockListen, Mobility, Reach as Knocked};
 use whimbrel_api::client::AgentClient;
-use whimbrel_api::migration::{MigrateOptions, MigrateRequest, Migration, MigrationState, PhaseStart, limits};
+use whimbrel_api::migration::{
+    MigrateOptions, MigrateRequest, Migration, MigrationState, PhaseStart, limits,
+};
 use whimbrel_api::vm::{Boot, VmDefinition, VmState};
-use whimbrel_api::{ApiError, ErrorCode, Name, Phase, Verdict};
+use whimbrel_api::{ApiError, Epoch, ErrorCode, Name, Phase, Verdict};
 use whimbrel_migration::preflight::{
-    self, EngineFacts, FileFacts, GuestState, HostFacts, NicFacts, Question, Reach, UnmovableDevice, VmFacts,
+    self, EngineFacts, FileFacts, GuestState, HostFacts, NicFacts, Question, Reach,
+    UnmovableDevice, VmFacts,
 };
 
 use super::page::{self, Room};
@@ -24,7 +27,10 @@ use crate::store::{Begun, VmRow};
 /// Admits a migration or refuses it with every reason; what is admitted goes on by itself.
 ///
 /// The same request made again finds its migration and is answered with the record as it stands.
-pub async fn admit(controller: &Arc<Controller>, request: MigrateRequest) -> Result<Migration, ApiError> {
+pub async fn admit(
+    controller: &Arc<Controller>,
+    request: MigrateRequest,
+) -> Result<Migration, ApiError> {
     if let Ok(record) = controller.migration(request.id).await {
         return same_request(record, &request);
     }
@@ -51,7 +57,8 @@ pub async fn admit(controller: &Arc<Controller>, request: MigrateRequest) -> Res
     if preflight::refuses(&verdicts) {
         return Err(refusal(&row, &request.destination, verdicts));
     }
-    let record = new_record(&row, &mobility, request, started, verdicts);
+    let epoch = next_epoch(controller, &mobility).await?;
+    let record = new_record(&row, &mobility, epoch, request, started, verdicts);
     match controller.store().begin_migration(&record).await {
         Ok(Begun::New) => {
             let room = Room { memory_available_bytes: host.memory_available_bytes };
@@ -86,21 +93,34 @@ fn check_options(options: &MigrateOptions) -> Result<(), ApiError> {
     }
     let (least, most) = (limits::BANDWIDTH_MIN_BYTES_PER_S, limits::BANDWIDTH_MAX_BYTES_PER_S);
     match options.bandwidth_bytes_per_s {
-        Some(rate) if rate < least || rate > most => out_of_range("bandwidth_bytes_per_s", rate, least, most),
+        Some(rate) if rate < least || rate > most => {
+            out_of_range("bandwidth_bytes_per_s", rate, least, most)
+        }
         _ => Ok(()),
     }
 }
 
 fn refusal(row: &VmRow, destination: &Name, verdicts: Vec<Verdict>) -> ApiError {
-    let message = format!("{} cannot be migrated to {destination} as things are; nothing was begun", row.name());
+    let message = format!(
+        "{} cannot be migrated to {destination} as things are; nothing was begun",
+        row.name()
+    );
     let mut error = ApiError::new(ErrorCode::PreflightRefused, message);
     error.verdicts = verdicts;
     error
 }
 
+/// The epoch that a migration is for: after the source's, and one that no earlier migration was for. One that ended before
+/// the source was asked has burnt its epoch at its destination, and the source does not know.
+async fn next_epoch(controller: &Controller, mobility: &Mobility) -> Result<Epoch, ApiError> {
+    let tried = controller.store().highest_epoch_of(mobility.vm.definition.id).await?;
+    Ok(tried.map_or(mobility.vm.epoch, |tried| tried.max(mobility.vm.epoch)).next())
+}
+
 fn new_record(
     row: &VmRow,
     mobility: &Mobility,
+    epoch: Epoch,
     request: MigrateRequest,
     started: Timestamp,
     verdicts: Vec<Verdict>,
@@ -112,11 +132,12 @@ fn new_record(
         vm_name: row.name().clone(),
         source: row.host.clone(),
         destination: request.destination,
-        epoch: mobility.vm.epoch.next(),
+        epoch,
         memory_bytes: mobility.vm.definition.memory_bytes,
         options: request.options,
         phase: Phase::Preflight,
         state: MigrationState::Running,
+        settled: None,
         cancel_requested: false,
         verdicts,
         phases: vec![PhaseStart { phase: Phase::Admission, at: started }, preflight],
@@ -130,7 +151,11 @@ fn new_record(
 }
 
 /// The storages of a VM of which both hosts see the same one.
-async fn prove_shared(source: &AgentClient, destination: &AgentClient, vm: &VmDefinition) -> BTreeSet<Name> {
+async fn prove_shared(
+    source: &AgentClient,
+    destination: &AgentClient,
+    vm: &VmDefinition,
+) -> BTreeSet<Name> {
     let wanted: BTreeSet<Name> = files(vm).into_iter().map(|file| file.storage).collect();
     let proofs = wanted.into_iter().map(|name| async move {
         let token = source.write_token(&name).await.ok()?;
@@ -175,7 +200,10 @@ fn files(vm: &VmDefinition) -> Vec<FileFacts> {
 }
 
 fn not_understood(what: &str, text: &str) -> ApiError {
-    ApiError::new(ErrorCode::Internal, format!("a host said `{}`, which is no {what}", text.escape_debug()))
+    ApiError::new(
+        ErrorCode::Internal,
+        format!("a host said `{}`, which is no {what}", text.escape_debug()),
+    )
 }
 
 fn vm_facts(mobility: &Mobility) -> Result<VmFacts, ApiError> {
@@ -206,12 +234,18 @@ fn vm_facts(mobility: &Mobility) -> Result<VmFacts, ApiError> {
             .nics
             .iter()
             .enumerate()
-            .map(|(index, nic)| NicFacts { label: format!("nic {index}"), network: nic.network.clone() })
+            .map(|(index, nic)| NicFacts {
+                label: format!("nic {index}"),
+                network: nic.network.clone(),
+            })
             .collect(),
         unmovable: mobility
             .blockers
             .iter()
-            .map(|why| UnmovableDevice { device: definition.name.to_string(), because: why.clone() })
+            .map(|why| UnmovableDevice {
+                device: definition.name.to_string(),
+                because: why.clone(),
+            })
             .collect(),
         migration,
     })
@@ -220,7 +254,10 @@ fn vm_facts(mobility: &Mobility) -> Result<VmFacts, ApiError> {
 fn host_facts(report: &HostReport, enabled: bool) -> Result<HostFacts, ApiError> {
     let engine = |engine: &whimbrel_api::agent::EngineReport| {
         Ok(EngineFacts {
-            version: engine.version.parse().map_err(|_| not_understood("version of QEMU", &engine.version))?,
+            version: engine
+                .version
+                .parse()
+                .map_err(|_| not_understood("version of QEMU", &engine.version))?,
             accelerators: BTreeSet::from([accelerator_of(&engine.accelerator)?]),
             machine_types: engine.machines.iter().cloned().collect(),
             cpu_models: engine.cpu_models.iter().cloned().collect(),
@@ -234,7 +271,12 @@ fn host_facts(report: &HostReport, enabled: bool) -> Result<HostFacts, ApiError>
         memory_total_bytes: report.memory_total_bytes,
         memory_available_bytes: report.memory_available_bytes,
         networks: report.networks.iter().cloned().collect(),
-        storages: report.storages.iter().filter(|s| s.trouble.is_none()).map(|s| s.name.clone()).collect(),
+        storages: report
+            .storages
+            .iter()
+            .filter(|s| s.trouble.is_none())
+            .map(|s| s.name.clone())
+            .collect(),
     })
 }
 

@@ -5,7 +5,7 @@
 
 use rusqlite::{OptionalExtension, Transaction, params};
 use whimbrel_api::migration::{Migration, MigrationState};
-use whimbrel_api::{ApiError, ErrorCode, MigrationId, VmId};
+use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, VmId};
 
 use super::{Fault, Store, StoreError};
 
@@ -131,6 +131,17 @@ impl Store {
             let sql =
                 "SELECT record FROM migrations WHERE NOT active AND NOT swept ORDER BY number";
             many(transaction, sql)
+        })
+        .await
+    }
+
+    /// The highest epoch that any migration of a VM was to be for; none if there was no migration.
+    pub async fn highest_epoch_of(&self, vm: VmId) -> Result<Option<Epoch>, StoreError> {
+        self.transact("look for a VM's epochs", move |transaction| {
+            let sql = "SELECT max(json_extract(record, '$.epoch')) FROM migrations WHERE vm = ?1";
+            let highest: Option<i64> =
+                transaction.query_row(sql, [vm.to_string()], |row| row.get(0))?;
+            Ok(highest.and_then(|epoch| u64::try_from(epoch).ok()).map(Epoch))
         })
         .await
     }

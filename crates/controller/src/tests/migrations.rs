@@ -118,12 +118,17 @@ async fn what_fails_before_the_handoff_leaves_the_vm_where_it_was() {
     b.refuse_next("PUT /v1/incoming", no_room);
     let request = to("host-b");
     rig.client.migrate(&request).await.unwrap();
-    match follow(&rig, request.id).await.state {
+    let record = follow(&rig, request.id).await;
+    match record.state {
         MigrationState::Stayed { why: Stay::Failed { code, .. } } => {
             assert_eq!(code, "no-resources")
         }
         other => panic!("{other:?}"),
     }
+    // The source has not heard of it; its epoch is burnt all the same, for the destination may have.
+    let next = rig.client.migrate(&to("host-b")).await.unwrap();
+    assert!(next.epoch > record.epoch, "{} after {}", next.epoch, record.epoch);
+    follow(&rig, next.id).await;
     rig.until_state("web01", "running").await;
     let missing = rig.client.migration(MigrationId::new()).await.unwrap_err();
     assert_eq!(missing.code, ErrorCode::NotFound);

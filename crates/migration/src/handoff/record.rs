@@ -157,18 +157,23 @@ pub enum NotAdmitted {
     Spent(MigrationId),
 }
 
-/// May this host, with this current record of the VM, begin to move it away? The claim to make, if
-/// so. `spent` is whether its ledger has any record of the migration.
+/// May this host, with this current record of the VM, begin to move it away under this claim?
+/// `spent` is whether its ledger has any record of the migration. The claim's epoch need not be the
+/// next one: a try that ended before the source was asked has burnt that at its destination alone.
 pub(super) fn admit_source(
     current: &Ownership,
     spent: bool,
-    migration: MigrationId,
-) -> Result<Claim, NotAdmitted> {
+    claim: Claim,
+) -> Result<(), NotAdmitted> {
     if spent {
-        return Err(NotAdmitted::Spent(migration));
+        return Err(NotAdmitted::Spent(claim.migration));
     }
     match &current.standing {
-        Standing::Owned => Ok(Claim { vm: current.vm, migration, epoch: current.epoch.next() }),
+        Standing::Owned if claim.vm != current.vm => Err(NotAdmitted::NotOwner),
+        Standing::Owned if claim.epoch <= current.epoch => {
+            Err(NotAdmitted::StaleEpoch { offered: claim.epoch, known: current.epoch })
+        }
+        Standing::Owned => Ok(()),
         Standing::Leaving { .. } => Err(migrating(current)),
         Standing::Released { to } => Err(NotAdmitted::InDoubt { ask: to.clone() }),
         Standing::Gone { .. } | Standing::Expected { .. } | Standing::Refused { .. } => {

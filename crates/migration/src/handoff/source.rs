@@ -5,7 +5,7 @@
 
 use super::record::{Claim, Intent, NotAdmitted, Ownership, Standing, admit_source};
 use super::{Action, Body, Message, Observed, stayed};
-use crate::names::{MigrationId, Name};
+use crate::names::Name;
 use crate::phase::Outcome;
 
 /// What happens to a source. See the parent module's table for who gives which.
@@ -83,17 +83,18 @@ const CANCELLED: &str = "cancelled";
 
 impl Source {
     /// Begins to move a VM away from this host. `current` is this host's current record of the VM,
-    /// `spent` whether its ledger has any record of the migration.
+    /// `spent` whether its ledger has any record of the claim's migration. The claim's epoch must be
+    /// after `current`'s, and one that no other migration has had.
     ///
     /// # Errors
     /// Refuses if the VM is not this host's, or not free. Nothing was begun then.
     pub fn begin(
         current: &Ownership,
         spent: bool,
-        migration: MigrationId,
+        claim: Claim,
         to: Name,
     ) -> Result<(Self, Vec<Action>), NotAdmitted> {
-        let claim = admit_source(current, spent, migration)?;
+        admit_source(current, spent, claim)?;
         let leaving = Standing::Leaving { to: to.clone() };
         let actions = vec![Action::Persist(Ownership::of(claim, current.intent, leaving))];
         let state = State::Recording;

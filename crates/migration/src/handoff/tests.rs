@@ -13,8 +13,11 @@ struct Pair {
     destination: Destination,
 }
 
-fn claim() -> (Ownership, MigrationId) {
-    (Ownership::created(VmId::new(), Intent::Run), MigrationId::new())
+/// A VM that was created here, and the claim of its first migration.
+fn claim() -> (Ownership, Claim) {
+    let owned = Ownership::created(VmId::new(), Intent::Run);
+    let claim = Claim { vm: owned.vm, migration: MigrationId::new(), epoch: owned.epoch.next() };
+    (owned, claim)
 }
 
 fn source_message(source: &Source, body: Body) -> SourceInput {
@@ -27,8 +30,8 @@ fn destination_message(destination: &Destination, body: Body) -> DestinationInpu
 
 /// A migration whose source has just become `InDoubt` and whose destination is ready.
 fn released() -> Pair {
-    let (owned, migration) = claim();
-    let (mut source, actions) = Source::begin(&owned, false, migration, name("host-b")).unwrap();
+    let (owned, claim) = claim();
+    let (mut source, actions) = Source::begin(&owned, false, claim, name("host-b")).unwrap();
     assert!(matches!(&actions[..], [Action::Persist(r)] if r.may_run()));
     assert_eq!(source.step(SourceInput::Persisted), [Action::BeginCopy]);
     let (mut destination, _) =
@@ -70,8 +73,8 @@ fn the_normal_run() {
 
 #[test]
 fn cancel_is_accepted_before_the_release_and_refused_after() {
-    let (owned, migration) = claim();
-    let (mut source, _) = Source::begin(&owned, false, migration, name("host-b")).unwrap();
+    let (owned, claim) = claim();
+    let (mut source, _) = Source::begin(&owned, false, claim, name("host-b")).unwrap();
     source.step(SourceInput::Persisted);
     let actions = source.step(SourceInput::Cancel);
     assert_eq!(actions[..3], [Action::AcceptCancel, Action::StopCopy, Action::ResumeGuest]);
@@ -103,8 +106,8 @@ fn persisted(actions: &[Action]) -> Option<&Ownership> {
 
 #[test]
 fn loaded_may_come_before_completed() {
-    let (owned, migration) = claim();
-    let (mut source, _) = Source::begin(&owned, false, migration, name("host-b")).unwrap();
+    let (owned, claim) = claim();
+    let (mut source, _) = Source::begin(&owned, false, claim, name("host-b")).unwrap();
     source.step(SourceInput::Persisted);
     assert_eq!(source.step(source_message(&source, Body::Loaded)), []);
     let actions = source.step(SourceInput::Completed);
@@ -159,8 +162,8 @@ fn a_refused_source_with_a_broken_disk_resumes_and_goes_on_writing() {
 #[test]
 fn a_failed_release_waits_for_a_newer_record_or_a_refusal() {
     let releasing = || {
-        let (owned, migration) = claim();
-        let (mut source, _) = Source::begin(&owned, false, migration, name("host-b")).unwrap();
+        let (owned, claim) = claim();
+        let (mut source, _) = Source::begin(&owned, false, claim, name("host-b")).unwrap();
         source.step(SourceInput::Persisted);
         source.step(SourceInput::Completed);
         source.step(source_message(&source, Body::Loaded));
@@ -190,8 +193,8 @@ fn a_guest_that_died_on_the_source_is_not_resumed_but_may_still_arrive() {
 #[test]
 fn a_paused_guest_stays_paused_on_either_side() {
     let owned = Ownership::created(VmId::new(), Intent::Pause);
-    let begin = Source::begin(&owned, false, MigrationId::new(), name("host-b"));
-    let (mut source, _) = begin.unwrap();
+    let claim = Claim { vm: owned.vm, migration: MigrationId::new(), epoch: owned.epoch.next() };
+    let (mut source, _) = Source::begin(&owned, false, claim, name("host-b")).unwrap();
     source.step(SourceInput::Persisted);
     assert!(!source.step(SourceInput::Cancel).contains(&Action::ResumeGuest));
 
@@ -264,9 +267,10 @@ fn listeners_that_stay_open_keep_the_guest_stopped() {
 
 #[test]
 fn who_may_begin() {
-    let (owned, migration) = claim();
-    let begin = |record: &Ownership| Source::begin(record, false, migration, name("host-b"));
-    let claim = Claim { vm: owned.vm, migration, epoch: Epoch(5) };
+    let (owned, first) = claim();
+    let migration = first.migration;
+    let begin = |record: &Ownership| Source::begin(record, false, first, name("host-b"));
+    let claim = Claim { epoch: Epoch(5), ..first };
     let record = |standing| Ownership::of(claim, Intent::Run, standing);
     let (to, from) = (name("host-b"), name("host-c"));
     let leaving = record(Standing::Leaving { to: to.clone() });
@@ -281,8 +285,19 @@ fn who_may_begin() {
     for record in [&gone, &expected, &refused] {
         assert_eq!(begin(record).unwrap_err(), NotAdmitted::NotOwner);
     }
-    let spent = Source::begin(&owned, true, migration, to.clone());
+    let spent = Source::begin(&owned, true, first, to.clone());
     assert_eq!(spent.unwrap_err(), NotAdmitted::Spent(migration));
+    let again = Claim { epoch: owned.epoch, ..first };
+    let stale = NotAdmitted::StaleEpoch { offered: owned.epoch, known: owned.epoch };
+    assert_eq!(Source::begin(&owned, false, again, to.clone()).unwrap_err(), stale);
+    let foreign = Claim { vm: VmId::new(), ..first };
+    assert_eq!(
+        Source::begin(&owned, false, foreign, to.clone()).unwrap_err(),
+        NotAdmitted::NotOwner
+    );
+    // Epochs between were burnt by tries that this host never heard of.
+    let (source, _) = Source::begin(&owned, false, claim, to.clone()).unwrap();
+    assert_eq!(source.claim(), claim);
 
     let offer = |current: &Ownership, epoch| {
         let claim = Claim { epoch: Epoch(epoch), migration: MigrationId::new(), ..claim };
@@ -301,8 +316,7 @@ fn who_may_begin() {
 
 #[test]
 fn late_questions_are_answered_from_the_ledger() {
-    let (owned, migration) = claim();
-    let claim = Claim { vm: owned.vm, migration, epoch: Epoch(2) };
+    let (_, claim) = claim();
     let go = Message { claim, body: Body::Go { intent: Intent::Run } };
     let told = |standing| {
         let record = Ownership::of(claim, Intent::Run, standing);
@@ -319,8 +333,7 @@ fn late_questions_are_answered_from_the_ledger() {
 
 #[test]
 fn recovery_runs_the_guest_only_where_the_ledger_says() {
-    let (owned, migration) = claim();
-    let claim = Claim { vm: owned.vm, migration, epoch: Epoch(2) };
+    let (_, claim) = claim();
     let peer = || name("host-b");
     let first = |standing, observed| {
         recover(&Ownership::of(claim, Intent::Run, standing), observed).1.first().cloned()
@@ -352,8 +365,7 @@ fn recovery_runs_the_guest_only_where_the_ledger_says() {
 
 #[test]
 fn records_keep_their_form() {
-    let (owned, migration) = claim();
-    let claim = Claim { vm: owned.vm, migration, epoch: Epoch(2) };
+    let (_, claim) = claim();
     let record = Ownership::of(claim, Intent::Run, Standing::Released { to: name("host-b") });
     let json = serde_json::to_value(&record).unwrap();
     assert_eq!(json["standing"], "released");
@@ -429,7 +441,7 @@ proptest! {
         let claim = fixed_claim();
         let owned = Ownership::created(claim.vm, Intent::Run);
         let (mut source, _) =
-            Source::begin(&owned, false, claim.migration, name("host-b")).unwrap();
+            Source::begin(&owned, false, claim, name("host-b")).unwrap();
         if recovered {
             let released = Standing::Released { to: name("host-b") };
             let record = Ownership::of(claim, Intent::Run, released);

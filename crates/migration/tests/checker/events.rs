@@ -162,7 +162,7 @@ impl Handoff {
         }
         let spent = host.row(claim.migration).is_some();
         let to = host_name(other(from));
-        match Source::begin(&current, spent, claim.migration, to) {
+        match Source::begin(&current, spent, claim, to) {
             Ok((source, actions)) if free => {
                 self.begin(world, from, Machine::Source(source), actions);
                 true
