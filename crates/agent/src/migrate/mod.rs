@@ -393,11 +393,12 @@ pub async fn send(
     id: MigrationId,
     request: OutgoingRequest,
 ) -> Result<OutgoingReport, ApiError> {
-    let names = (&host.config.name, &request.destination);
-    check_grant(host, &request.grant, (request.vm, id, request.epoch), names)?;
+    // Only a beginning needs the permission: a copy may well last longer than it.
     if let Some(outgoing) = host.migrations.find_outgoing(id) {
         return Ok(outgoing.report.borrow().clone());
     }
+    let names = (&host.config.name, &request.destination);
+    check_grant(host, &request.grant, (request.vm, id, request.epoch), names)?;
     begin_departure(host, id, request).await
 }
 
@@ -469,8 +470,14 @@ async fn bring_home(host: &Arc<Host>, vm: VmId, guest: Option<RunningVm>, end: &
                 }
             });
         }
-        (_, OutgoingEnd::Stayed { why: Stay::GuestPoweredOff }) => {
-            host.vms.give_back_ended(vm, None).await
+        (guest, OutgoingEnd::Stayed { why: Stay::GuestPoweredOff }) => {
+            // QEMU outlives its guest's power-off (`-no-shutdown`).
+            if let Some(RunningVm { qemu, .. }) = guest
+                && let Err(error) = destroy(host, &qemu).await
+            {
+                warn!(%vm, %error, "what the VM leaves behind is left to the next sweep");
+            }
+            host.vms.give_back_ended(vm, None).await;
         }
         (Some(guest), _) if guest.qemu.process.exited().is_none() => {
             host.vms.give_back(guest).await

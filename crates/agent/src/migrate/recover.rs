@@ -23,6 +23,7 @@ use super::{Incoming, IncomingState, ORDERS_MAX, Outgoing, depart, destination, 
 use crate::host::Host;
 use crate::ledger::{MigrationRow, RunRecord, Side};
 use crate::vm::found::{Found, find_again};
+use crate::vm::spawn::sweep_run;
 use crate::vm::{RunningVm, Spawned};
 
 /// Takes up again what was open when the agent ended.
@@ -160,6 +161,10 @@ async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
     tokio::spawn(async move {
         let (target, observed) = look(&host, run.as_ref()).await;
         info!(migration = %row.id, vm = %row.vm, ?observed, "an incoming migration is taken up again");
+        // A QEMU that ended while nobody looked leaves its run to us: the arrival takes down only what it was given.
+        if let (None, Some(run)) = (&target, &run) {
+            sweep_run(&host, &run.name, &run.taps).await;
+        }
         if let (Recovered::Destination(rules), first) = handoff::recover(&record, observed) {
             let voices = destination::Voices { offer, report };
             let request = (request, state.ticket);
