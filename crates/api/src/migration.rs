@@ -118,6 +118,10 @@ pub struct Migration {
     /// How it ended.
     #[serde(flatten)]
     pub state: MigrationState,
+    /// How the hosts have settled it, while both are still being swept: a restarted controller does not ask again what is
+    /// settled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settled: Option<MigrationState>,
     /// Whether a cancel was accepted.
     pub cancel_requested: bool,
     /// What preflight said, warnings included.

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Each phase is recorded **before** it is asked for, and every asking is idempotent by the migration's id. So a restarted
-//! controller ([`resume`]) reads the record and walks the same page again; there is no second way through it.
+//! controller ([`resume`]) reads the record, asks the agents how far they are ([`whereabouts`]), and goes on with the same
+//! page from there; there is no second way through it.
 //!
 //! The controller is never needed for safety (invariant I19). Until the source has been asked this page decides, and every
 //! error leads to `Stayed`: that is the `?` in [`begin`]. From then on the two agents decide and the page only asks them, for
@@ -28,7 +29,9 @@ mod sweep;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use whimbrel_api::agent::{IncomingOffer, IncomingReport, IncomingRequest, OutgoingEnd, OutgoingReport, OutgoingRequest};
+use whimbrel_api::agent::{
+    IncomingOffer, IncomingReport, IncomingRequest, OutgoingEnd, OutgoingReport, OutgoingRequest,
+};
 use whimbrel_api::migration::{Migration, MigrationState, Stay};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
 
@@ -72,7 +75,9 @@ pub async fn resume(controller: &Arc<Controller>) {
 pub async fn cancel(controller: &Arc<Controller>, id: MigrationId) -> Result<Migration, ApiError> {
     let record = controller.migration(id).await?;
     match &record.state {
-        MigrationState::Running | MigrationState::Unresolved { .. } => controller.running().cancel(id).await?,
+        MigrationState::Running | MigrationState::Unresolved { .. } => {
+            controller.running().cancel(id).await?
+        }
         MigrationState::Stayed { .. } | MigrationState::Refused => {}
         MigrationState::Moved => return Err(handed_over(&record)),
     }
@@ -84,15 +89,80 @@ fn handed_over(record: &Migration) -> ApiError {
     ApiError::new(ErrorCode::HandedOver, message).hint("let it end, and migrate the VM back")
 }
 
-/// One migration from its reservation to its end.
+/// One migration from its reservation to its end. A record that was begun by an earlier controller enters where it was.
 async fn carry(mut page: Page) {
-    let settled = match begin(&mut page).await {
-        Ok(order) => follow(&mut page, order).await,
-        Err(why) => Settled::Stayed(why),
+    let settled = match whereabouts(&mut page).await {
+        Whereabouts::NotAsked => match begin(&mut page).await {
+            Ok(order) => follow(&mut page, order).await,
+            Err(why) => Settled::Stayed(why),
+        },
+        Whereabouts::Settled(settled) => settled,
     };
     match settled {
         Settled::Moved => settle(&mut page).await,
         Settled::Stayed(why) => undo(&mut page, why).await,
+    }
+}
+
+/// How far a migration is that may have been begun before.
+enum Whereabouts {
+    /// The source has not been asked to send, as far as anybody knows: everything may be asked for, again if need be.
+    NotAsked,
+    /// It ended.
+    Settled(Settled),
+}
+
+/// Finds out how far the agents are. Once the source may have been asked, only they know, and a source that has forgotten the
+/// migration may have done so because it is over: nothing is begun, and no cancel taken, before this is known.
+async fn whereabouts(page: &mut Page) -> Whereabouts {
+    match page.record.settled.take() {
+        Some(MigrationState::Moved) => return Whereabouts::Settled(Settled::Moved),
+        Some(MigrationState::Stayed { why }) => return Whereabouts::Settled(Settled::Stayed(why)),
+        _ => {}
+    }
+    if page.record.phase < Phase::Precopy {
+        return Whereabouts::NotAsked;
+    }
+    let silence = Silence::begin();
+    loop {
+        let asked = page.source.outgoing(page.record.id).await;
+        let settled = match asked {
+            Ok(report) => watch(page, report).await,
+            // A source that has forgotten the migration was never asked, or has seen its end; the destination knows which.
+            Err(error) if error.code == ErrorCode::NotFound => {
+                match page.destination.incoming(page.record.id).await {
+                    Ok(IncomingReport::Owned { .. }) => Some(Settled::Moved),
+                    Ok(IncomingReport::Refused { .. }) => {
+                        Some(Settled::Stayed(failed(page.record.phase, &error)))
+                    }
+                    Ok(IncomingReport::Waiting | IncomingReport::None) => {
+                        return Whereabouts::NotAsked;
+                    }
+                    Err(_) => None,
+                }
+            }
+            Err(error) => without_source(page, &error, &silence).await,
+        };
+        if let Some(settled) = settled {
+            return Whereabouts::Settled(settled);
+        }
+        page.pause(Duration::from_millis(ASK_AGAIN_MS)).await;
+    }
+}
+
+/// How long a source has not answered.
+struct Silence(Instant);
+
+impl Silence {
+    fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Tells after [`SILENT_SECONDS`] that nobody knows how the migration stands.
+    async fn goes_on(&self, page: &mut Page) {
+        if self.0.elapsed() >= Duration::from_secs(SILENT_SECONDS) {
+            page.unresolved(page.record.source.clone()).await;
+        }
     }
 }
 
@@ -147,24 +217,22 @@ async fn prepare(page: &mut Page) -> Result<IncomingOffer, Stay> {
 ///
 /// Postcondition: one of the two agents has said how it ended. There is no error: until one of them has, the page asks.
 async fn follow(page: &mut Page, order: OutgoingRequest) -> Settled {
-    let mut silent_since = Instant::now();
+    let mut silence = Silence::begin();
     loop {
         match page.source.put_outgoing(page.record.id, &order).await {
             Ok(report) => {
                 if let Some(settled) = watch(page, report).await {
                     return settled;
                 }
-                silent_since = Instant::now();
+                silence = Silence::begin();
             }
             // Nothing was begun there: the source says no to an order that it does not know yet.
-            Err(error) if error.is_refusal() => return Settled::Stayed(failed(Phase::Precopy, &error)),
+            Err(error) if error.is_refusal() => {
+                return Settled::Stayed(failed(Phase::Precopy, &error));
+            }
             Err(error) => {
-                tracing::warn!(migration = %page.record.id, %error, "the source does not answer; asking on");
-                if let Some(settled) = settled_by_destination(page, &error).await {
+                if let Some(settled) = without_source(page, &error, &silence).await {
                     return settled;
-                }
-                if silent_since.elapsed() >= Duration::from_secs(SILENT_SECONDS) {
-                    page.unresolved(page.record.source.clone()).await;
                 }
             }
         }
@@ -172,10 +240,20 @@ async fn follow(page: &mut Page, order: OutgoingRequest) -> Settled {
     }
 }
 
+/// The source does not answer: perhaps the destination knows the end.
+async fn without_source(page: &mut Page, error: &ApiError, silence: &Silence) -> Option<Settled> {
+    tracing::warn!(migration = %page.record.id, %error, "the source does not answer; asking on");
+    let settled = settled_by_destination(page, error).await;
+    if settled.is_none() {
+        silence.goes_on(page).await;
+    }
+    settled
+}
+
 /// Takes note of everything that the source says until it has ended; `None` if it fell silent before.
 async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
     let mut report = first;
-    let mut stream = page.source.watch_outgoing(page.record.id).await.ok();
+    let mut events = page.source.watch_outgoing(page.record.id).await.ok();
     loop {
         page.note(&report).await;
         match &report.end {
@@ -183,7 +261,7 @@ async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
             OutgoingEnd::Stayed { why } => return Some(Settled::Stayed(why.clone())),
             OutgoingEnd::Open | OutgoingEnd::Unresolved { .. } => {}
         }
-        let events = stream.as_mut()?;
+        let events = events.as_mut()?;
         tokio::select! {
             next = events.next() => match next {
                 Ok(Some(next)) => report = next,
@@ -193,9 +271,6 @@ async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
             () = tokio::time::sleep(Duration::from_millis(RELAY_AFTER_MS)), if report.relay.is_some() => {
                 relay::carry_message(page, &report).await;
             }
-        }
-        if stream.is_none() {
-            stream = page.source.watch_outgoing(page.record.id).await.ok();
         }
     }
 }
@@ -212,7 +287,7 @@ async fn settled_by_destination(page: &Page, silence: &ApiError) -> Option<Settl
 
 /// The VM runs on the destination: the placement moves, then both sides may forget.
 async fn settle(page: &mut Page) {
-    page.mark_moved();
+    page.settled(MigrationState::Moved).await;
     let moved = MovedPlacement {
         vm: page.record.vm,
         host: page.record.destination.clone(),
@@ -225,13 +300,13 @@ async fn settle(page: &mut Page) {
         tracing::error!(migration = %page.record.id, %error, "the placement cannot be written; trying again");
         page.pause(Duration::from_millis(ASK_AGAIN_MS)).await;
     }
-    page.record_phase(Phase::Retirement).await;
     sweep::both_sides(page).await;
     page.end(MigrationState::Moved).await;
 }
 
 /// The VM stays: what the destination prepared is taken down.
 async fn undo(page: &mut Page, why: Stay) {
+    page.settled(MigrationState::Stayed { why: why.clone() }).await;
     sweep::both_sides(page).await;
     page.end(MigrationState::Stayed { why }).await;
 }

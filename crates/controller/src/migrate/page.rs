@@ -45,7 +45,9 @@ impl Running {
 
     /// Asks a page to end; the answer is the page's.
     pub(super) async fn cancel(&self, id: MigrationId) -> Result<(), ApiError> {
-        let Some(cancels) = self.open().get(&id).map(|open| open.cancels.clone()) else { return Ok(()) };
+        let Some(cancels) = self.open().get(&id).map(|open| open.cancels.clone()) else {
+            return Ok(());
+        };
         let (answer, answered) = oneshot::channel();
         if cancels.send(answer).await.is_err() {
             return Ok(());
@@ -54,8 +56,11 @@ impl Running {
             Ok(Ok(answer)) => answer,
             // The page has ended in between: its record says how.
             Ok(Err(_)) => Ok(()),
-            Err(_) => Err(ApiError::new(ErrorCode::Busy, format!("the cancel was not answered within {CANCEL_SECONDS} s"))
-                .hint("it is still being worked on: `whimbrel migration show` tells how it ends")),
+            Err(_) => Err(ApiError::new(
+                ErrorCode::Busy,
+                format!("the cancel was not answered within {CANCEL_SECONDS} s"),
+            )
+            .hint("it is still being worked on: `whimbrel migration show` tells how it ends")),
         }
     }
 
@@ -93,7 +98,10 @@ pub(super) struct Page {
 
 /// Opens the page of a recorded migration and lets it go on by itself.
 pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option<Room>) {
-    let (source, destination) = match (controller.agent(&record.source), controller.agent(&record.destination)) {
+    let (source, destination) = match (
+        controller.agent(&record.source),
+        controller.agent(&record.destination),
+    ) {
         (Ok(source), Ok(destination)) => (source, destination),
         (Err(error), _) | (_, Err(error)) => {
             tracing::error!(migration = %record.id, %error, "a host of this migration is not in the pool any more");
@@ -106,8 +114,15 @@ pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option
     let (controller, id) = (controller.clone(), record.id);
     controller.events().publish(Event::Migration { migration: record.clone() });
     tokio::spawn(async move {
-        let page =
-            Page { controller: controller.clone(), record, source, destination, generation: 0, room, cancels };
+        let page = Page {
+            controller: controller.clone(),
+            record,
+            source,
+            destination,
+            generation: 0,
+            room,
+            cancels,
+        };
         super::carry(page).await;
         controller.running().open().remove(&id);
     });
@@ -127,14 +142,9 @@ impl Page {
         saved.map_err(|error| failed(phase, &error))
     }
 
-    /// Records a phase that has begun whether it is recorded or not.
-    pub(super) async fn record_phase(&mut self, phase: Phase) {
-        self.mark_phase(phase);
-        self.save().await;
-    }
-
     fn mark_phase(&mut self, phase: Phase) {
-        if self.record.phase == phase && self.record.phases.iter().any(|start| start.phase == phase) {
+        if self.record.phase == phase && self.record.phases.iter().any(|start| start.phase == phase)
+        {
             return;
         }
         self.record.phase = phase;
@@ -166,7 +176,11 @@ impl Page {
 
     /// The definition that travels, as the source has it.
     pub(super) async fn definition(&mut self) -> Result<VmDefinition, Stay> {
-        let report = self.source.vm(self.record.vm).await.map_err(|error| failed(Phase::Preparation, &error))?;
+        let report = self
+            .source
+            .vm(self.record.vm)
+            .await
+            .map_err(|error| failed(Phase::Preparation, &error))?;
         self.generation = report.definition.generation;
         Ok(report.definition)
     }
@@ -174,11 +188,16 @@ impl Page {
     /// The permission that both agents are shown.
     pub(super) fn grant(&self) -> Result<SignedGrant, Stay> {
         let source_epoch = Epoch(self.record.epoch.0.saturating_sub(1));
-        self.controller.grant(&self.record, source_epoch).map_err(|error| failed(Phase::Preparation, &error))
+        self.controller
+            .grant(&self.record, source_epoch)
+            .map_err(|error| failed(Phase::Preparation, &error))
     }
 
     /// Waits for something, unless somebody cancels first: then that is why the VM stays.
-    pub(super) async fn unless_cancelled<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Stay> {
+    pub(super) async fn unless_cancelled<T>(
+        &mut self,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Stay> {
         tokio::select! {
             biased;
             answer = self.cancels.recv() => {
@@ -263,12 +282,17 @@ impl Page {
         }
     }
 
-    /// Notes the moment at which the move was known.
-    pub(super) fn mark_moved(&mut self) {
-        let now = Timestamp::now();
-        self.record.ended.get_or_insert(now);
-        let total = now.duration_since(self.record.started).as_millis();
-        self.record.total_ms.get_or_insert(u64::try_from(total).unwrap_or(0));
+    /// Writes down how it was settled, before both sides are swept.
+    pub(super) async fn settled(&mut self, state: MigrationState) {
+        if state == MigrationState::Moved {
+            self.mark_phase(Phase::Retirement);
+            let now = Timestamp::now();
+            let total = now.duration_since(self.record.started).as_millis();
+            self.record.ended.get_or_insert(now);
+            self.record.total_ms.get_or_insert(u64::try_from(total).unwrap_or(0));
+        }
+        self.record.settled = Some(state);
+        self.save().await;
     }
 
     /// Writes the end down and tells it.
@@ -282,6 +306,7 @@ impl Page {
             let _gone = answer.send(told);
         }
         self.record.ended.get_or_insert_with(Timestamp::now);
+        self.record.settled = None;
         self.record.state = state;
         self.save().await;
     }

@@ -25,7 +25,10 @@ pub(super) async fn both_sides(page: &mut Page) {
     let once = sweep(&page.record, &source, &destination);
     let left = match tokio::time::timeout(Duration::from_secs(BOTH_SIDES_SECONDS), once).await {
         Ok(left) => left,
-        Err(_) => vec![format!("{} or {}: did not answer in time", page.record.source, page.record.destination)],
+        Err(_) => vec![format!(
+            "{} or {}: did not answer in time",
+            page.record.source, page.record.destination
+        )],
     };
     page.record.leftovers = left;
     if !page.record.leftovers.is_empty() {
@@ -55,7 +58,8 @@ async fn go_on(controller: Arc<Controller>, id: MigrationId) {
         if crate::store::is_active(&record.state) {
             continue;
         }
-        let (Ok(source), Ok(destination)) = (controller.agent(&record.source), controller.agent(&record.destination))
+        let (Ok(source), Ok(destination)) =
+            (controller.agent(&record.source), controller.agent(&record.destination))
         else {
             return;
         };
@@ -69,13 +73,16 @@ async fn go_on(controller: Arc<Controller>, id: MigrationId) {
 
 /// What is left after asking both sides once, in words.
 async fn sweep(record: &Migration, source: &AgentClient, destination: &AgentClient) -> Vec<String> {
-    let (retired, dropped) = tokio::join!(source.delete_outgoing(record.id), destination.delete_incoming(record.id));
+    let (retired, dropped) =
+        tokio::join!(source.delete_outgoing(record.id), destination.delete_incoming(record.id));
     let mut left = Vec::new();
     if let Err(error) = retired.or_else(nothing_there) {
         left.push(format!("{}: the outgoing side ({error})", record.source));
     }
     match dropped {
-        Ok(IncomingReport::Waiting) => left.push(format!("{}: the incoming side is still there", record.destination)),
+        Ok(IncomingReport::Waiting) => {
+            left.push(format!("{}: the incoming side is still there", record.destination))
+        }
         Ok(_) => {}
         Err(error) => left.push(format!("{}: the incoming side ({error})", record.destination)),
     }

@@ -51,6 +51,7 @@ fn migration(vm: VmId, destination: &str) -> Migration {
         options: MigrateOptions::default(),
         phase: Phase::Admission,
         state: MigrationState::Running,
+        settled: None,
         cancel_requested: false,
         verdicts: vec![],
         phases: vec![],
