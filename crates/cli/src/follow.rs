@@ -119,12 +119,17 @@ pub(crate) async fn watch(
 ) -> Result<Migration, Failure> {
     let id = record.id;
     let mut last_heard = Instant::now();
+    let mut told_at = None;
     progress.show(&record)?;
     while record.state == MigrationState::Running {
         match watch_once(pool, &mut record, progress, &mut last_heard).await? {
             Ok(()) => {}
             Err(error) if error.is_unknown() => {
-                progress.say("the controller does not answer; asking again");
+                // Once for each time that it goes away.
+                if told_at != Some(last_heard) {
+                    progress.say("the controller does not answer; asking again");
+                    told_at = Some(last_heard);
+                }
                 if last_heard.elapsed() > Duration::from_secs(LOST_SECONDS_MAX) {
                     let hint = format!(
                         "the migration goes on without its controller; `whimbrel migration watch {id}` follows it"
