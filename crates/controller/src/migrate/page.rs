@@ -123,8 +123,11 @@ pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option
             room,
             cancels,
         };
-        super::carry(page).await;
-        controller.running().open().remove(&id);
+        tokio::select! {
+            () = super::carry(page) => controller.running().open().remove(&id).map_or((), drop),
+            // The next controller takes it up; the agents go on meanwhile.
+            () = controller.closing() => {}
+        }
     });
 }
 

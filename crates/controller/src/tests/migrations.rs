@@ -105,6 +105,26 @@ async fn a_migration_is_taken_up_by_a_restarted_controller() {
 }
 
 #[tokio::test]
+async fn what_moved_while_the_controller_was_away_has_moved() {
+    let (mut rig, a, b) = two_hosts().await;
+    let vm = rig.client.vm("web01").await.unwrap().id;
+    rig.world.set_pace(Pace::Moves(Duration::from_millis(200)));
+    let request = to("host-b");
+    rig.client.migrate(&request).await.unwrap();
+    eventually(|| async { a.called("PUT /v1/outgoing") > 0 }).await;
+    rig.stop().await;
+    // The source has given the VM away by then and knows nothing of it any more.
+    eventually(|| async { a.vm(vm).is_none() }).await;
+    rig.start().await;
+    let record = follow(&rig, request.id).await;
+    assert_eq!(record.state, MigrationState::Moved, "{record:?}");
+    assert!(record.phases.is_sorted_by_key(|start| start.phase), "{:?}", record.phases);
+    rig.until_state("web01", "running").await;
+    assert_eq!(rig.client.vm("web01").await.unwrap().host.as_str(), "host-b");
+    eventually(|| async { a.is_swept() && b.is_swept() }).await;
+}
+
+#[tokio::test]
 async fn what_fails_before_the_handoff_leaves_the_vm_where_it_was() {
     let (rig, a, b) = two_hosts().await;
     let why = Stay::GuestPoweredOff;

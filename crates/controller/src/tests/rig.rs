@@ -61,9 +61,17 @@ impl Rig {
 
     /// Ends the controller and starts it again on the same folder and address.
     pub(super) async fn restart(&mut self) {
+        self.stop().await;
+        self.start().await;
+    }
+
+    pub(super) async fn stop(&mut self) {
         self.controller.close();
         drop(self.stop.take());
         self.served.take().unwrap().await.unwrap();
+    }
+
+    pub(super) async fn start(&mut self) {
         let listener = TcpListener::bind(self.address).await.unwrap();
         let (controller, stop, served) = start(&self.dir, listener).await;
         self.controller = controller;
