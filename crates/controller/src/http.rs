@@ -8,7 +8,7 @@
 //!
 //! Whatever changes something runs to its end even if the client goes away in the middle ([`to_the_end`]): a half-done call would
 //! leave hosts that differ. The router is served by [`whimbrel_pki::door`], which says who calls; its OpenAPI document is checked
-//! in and compared by a test ([`document`]).
+//! in and compared by a test ([`mod@document`]).
 
 mod console;
 mod document;
@@ -36,7 +36,7 @@ use crate::Controller;
 
 pub use document::document;
 
-/// The document as it is checked in; a test keeps it equal to [`document`].
+/// The document as it is checked in; a test keeps it equal to [`document()`].
 const DOCUMENT_TEXT: &str = include_str!("../../../openapi/whimbrel.json");
 
 type Shared = Arc<Controller>;
