@@ -44,6 +44,15 @@ pub enum LedgerError {
         #[source]
         source: rusqlite::Error,
     },
+    /// The file cannot be made, or kept to its owner.
+    #[error("cannot use the ledger's file {}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The file was written by a newer version.
     #[error("the ledger {} is of version {found}; this version of whimbrel knows up to {known}", path.display())]
     Newer {
@@ -190,7 +199,7 @@ impl Ledger {
     /// Opens or makes the file, and makes durable what is in it before anybody acts on it.
     ///
     /// # Errors
-    /// [`LedgerError::Open`], [`LedgerError::Newer`] and [`LedgerError::Thread`].
+    /// [`LedgerError::File`], [`LedgerError::Open`], [`LedgerError::Newer`] and [`LedgerError::Thread`].
     pub fn open(path: &Path, failpoints: Failpoints) -> Result<Self, LedgerError> {
         let mut connection = schema::open(path)?;
         let (calls, mut waiting) = mpsc::channel::<Call>(QUEUED_CALLS_MAX);

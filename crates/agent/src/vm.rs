@@ -274,9 +274,9 @@ impl Vms {
             mpsc::error::TrySendError::Full(_) => {
                 ApiError::new(ErrorCode::Busy, "the VM has too many orders waiting; try again")
             }
-            mpsc::error::TrySendError::Closed(_) => ApiError::not_found("VM", vm),
+            mpsc::error::TrySendError::Closed(_) => self.no_task(vm),
         })?;
-        answer.await.map_err(|_| ApiError::not_found("VM", vm))
+        answer.await.map_err(|_| self.no_task(vm))
     }
 
     /// Gives an order that must not get lost: for migrations. A task that has lent its VM refuses everything else at once,
@@ -288,9 +288,18 @@ impl Vms {
     ) -> Result<T, ApiError> {
         let task = self.task(vm)?;
         let (reply, answer) = oneshot::channel();
-        let gone = || ApiError::not_found("VM", vm);
-        task.orders.send(order(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())
+        task.orders.send(order(reply)).await.map_err(|_| self.no_task(vm))?;
+        answer.await.map_err(|_| self.no_task(vm))
+    }
+
+    /// Why a VM's task does not answer: the VM was deleted meanwhile, or the task has a defect.
+    fn no_task(&self, vm: VmId) -> ApiError {
+        if self.has(vm) {
+            let message = format!("the task of VM {vm} has broken off; its QEMU, if any, runs on");
+            return ApiError::new(ErrorCode::Internal, message)
+                .hint("restart the agent: it finds the VM again");
+        }
+        ApiError::not_found("VM", vm)
     }
 
     fn task(&self, vm: VmId) -> Result<Handle, ApiError> {

@@ -1,5 +1,7 @@
 //! The ledger's tables and how an older file is brought to this version.
 
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use rusqlite::{Connection, TransactionBehavior};
@@ -52,9 +54,20 @@ CREATE TABLE opened (id INTEGER PRIMARY KEY CHECK (id = 1), times INTEGER NOT NU
 INSERT INTO opened VALUES (1, 0);
 ";
 
+/// Mode of the file: tickets of migrations are in it, and QEMU's user passes through its folder. SQLite gives its other
+/// files the same.
+const FILE_MODE: u32 = 0o600;
+
 /// Opens or makes the file.
 pub(super) fn open(path: &Path) -> Result<Connection, LedgerError> {
     let failed = |source| LedgerError::Open { path: path.to_owned(), source };
+    File::options()
+        .create(true)
+        .append(true)
+        .mode(FILE_MODE)
+        .open(path)
+        .and_then(|file| file.set_permissions(Permissions::from_mode(FILE_MODE)))
+        .map_err(|source| LedgerError::File { path: path.to_owned(), source })?;
     let mut connection = Connection::open(path).map_err(failed)?;
     connection
         .busy_timeout(std::time::Duration::from_millis(LOCK_WAIT_MILLISECONDS))

@@ -71,6 +71,19 @@ async fn the_highest_epoch_is_the_hosts_word_and_old_records_still_answer() {
 }
 
 #[tokio::test]
+async fn the_file_is_its_owners_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let ledger = open(dir.path());
+    ledger.persist(&Ownership::created(VmId::new(), Intent::Run)).await.unwrap();
+    for entry in std::fs::read_dir(dir.path()).unwrap() {
+        let entry = entry.unwrap();
+        let mode = entry.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{:?}", entry.file_name());
+    }
+}
+
+#[tokio::test]
 async fn a_failpoint_keeps_a_record_from_being_written() {
     let dir = tempfile::tempdir().unwrap();
     let ledger = open(dir.path());

@@ -24,6 +24,7 @@ use crate::host::Host;
 use crate::ledger::Resource;
 use crate::network::{Tap, tap_name};
 use crate::storage;
+use crate::validate;
 
 /// How long a new QEMU may take until it answers, in seconds; on a loaded machine it is slow to load its libraries.
 const ANSWER_SECONDS: u64 = 20;
@@ -62,6 +63,7 @@ pub async fn spawn(
     definition: &VmDefinition,
     purpose: Purpose,
 ) -> Result<Spawned, ApiError> {
+    validate::definition(definition)?;
     let engine = host.engine_for(&definition.machine)?;
     let run = run_name(definition, purpose);
     let dir = RunDir::new(&host.config.run_dir(), &run);

@@ -130,6 +130,24 @@ fn a_start_that_was_cut_off_is_swept_or_ended() {
 }
 
 #[test]
+fn a_task_that_breaks_off_is_told_and_mended_by_a_restart() {
+    in_namespace(|| {
+        let place = Place::with_fake();
+        let id = place.life(async |host| {
+            let id = vm::create(&host, definition()).await.unwrap().definition.id;
+            place.failpoints("vm.start.cont=panic");
+            for _ in 0..2 {
+                let broken = host.vms.act(id, VmAction::Start, false).await.unwrap_err();
+                assert_eq!(broken.code, ErrorCode::Internal, "{broken}");
+            }
+            id
+        });
+        place.failpoints("");
+        place.life(async |host| assert_eq!(state(&host, id), VmState::Running));
+    });
+}
+
+#[test]
 fn a_creation_that_was_cut_off_leaves_no_file() {
     in_namespace(|| {
         let place = Place::with_fake();
