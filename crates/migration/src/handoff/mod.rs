@@ -45,9 +45,11 @@
 //! sends GO again at every `Tick`. B answers `Owned`, or `Refused`, which is true for ever because
 //! it is durable or because B's loaded QEMU was killed before it ever ran and before `Owned` was
 //! ever written. Then A takes epoch 6 and resumes. If B stays silent the VM stands still and the
-//! driver's `Overdue` raises it to the operator. A migration that ends before the release also burns its epoch (A goes from 4 to 6).
-//! One that ends before A has heard of it burns its epoch at B alone: the next one must come with a later epoch, which A takes
-//! though it skips some. So an epoch never belongs to two migrations, and the next try is not refused for the last one's sake.
+//! driver's `Overdue` raises it to the operator. A migration that ends before the release also
+//! burns its epoch (A goes from 4 to 6). One that ends before A has heard of it burns its epoch at B
+//! alone: the next one must come with a later epoch, which A takes though it skips some. So an epoch
+//! never belongs to two migrations, and the next try is not refused for the last one's sake.
+//! (Safety does not hang on whoever names the epochs: the checker's controller names some twice.)
 //!
 //! # States of the source
 //! ```text

@@ -266,6 +266,87 @@ fn listeners_that_stay_open_keep_the_guest_stopped() {
 }
 
 #[test]
+fn a_source_asks_again_whether_everything_has_arrived() {
+    let (owned, claim) = claim();
+    let (mut source, _) = Source::begin(&owned, false, claim, name("host-b")).unwrap();
+    source.step(SourceInput::Persisted);
+    assert_eq!(source.step(SourceInput::Tick), [], "not before it has sent everything");
+    assert_eq!(bodies(&source.step(SourceInput::Completed)), [Body::AskLoaded]);
+    assert_eq!(bodies(&source.step(SourceInput::Tick)), [Body::AskLoaded]);
+}
+
+#[test]
+fn a_source_that_dies_while_it_copies_ends_the_migration() {
+    let (owned, claim) = claim();
+    let (mut source, _) = Source::begin(&owned, false, claim, name("host-b")).unwrap();
+    source.step(SourceInput::Persisted);
+    let actions = source.step(SourceInput::QemuGone);
+    assert_eq!(bodies(&actions), [Body::Abandon]);
+    assert!(!actions.contains(&Action::ResumeGuest));
+    let leaving = Standing::Leaving { to: name("host-b") };
+    let record = Ownership::of(source.claim(), Intent::Run, leaving);
+    let (_, actions) = recover(&record, Observed::Gone);
+    assert!(persisted(&actions).unwrap().may_run());
+    assert!(!actions.contains(&Action::ResumeGuest));
+}
+
+#[test]
+fn a_destination_takes_go_only_when_it_holds_everything_and_only_once() {
+    let (_, claim) = claim();
+    let go = DestinationInput::Receive(Message { claim, body: Body::Go { intent: Intent::Run } });
+    let (mut it, _) = Destination::offer(None, false, claim, name("host-a")).unwrap();
+    it.step(DestinationInput::Persisted);
+    assert_eq!(it.step(go.clone()), []);
+    it.step(DestinationInput::Loaded);
+    assert_eq!(it.step(go.clone()), [Action::CloseListeners]);
+    assert_eq!(it.step(go.clone()), []);
+    it.step(DestinationInput::ListenersClosed);
+    assert_eq!(it.step(go.clone()), []);
+    it.step(DestinationInput::Persisted);
+    assert_eq!(it.step(go.clone()), []);
+    it.step(DestinationInput::Continued);
+    assert_eq!(bodies(&it.step(go)), [Body::Owned]);
+    assert_eq!(it.step(DestinationInput::Abandon("the lease ended".into())), []);
+    let abandon = destination_message(&it, Body::Abandon);
+    assert_eq!(it.step(abandon), []);
+}
+
+#[test]
+fn a_qemu_that_died_before_continue_never_ran() {
+    let mut it = ready();
+    it.step(destination_message(&it, Body::Go { intent: Intent::Run }));
+    it.step(DestinationInput::ListenersClosed);
+    assert_eq!(it.step(DestinationInput::QemuGone), [], "the write is still under way");
+    let actions = it.step(DestinationInput::Persisted);
+    assert!(matches!(persisted(&actions).unwrap().standing, Standing::Refused { .. }));
+    assert!(!actions.contains(&Action::ContinueGuest));
+    assert_eq!(bodies(&it.step(DestinationInput::Persisted)), [Body::Refused]);
+}
+
+#[test]
+fn a_restarted_destination_goes_on_from_what_its_qemu_is() {
+    let (_, claim) = claim();
+    let expected = Standing::Expected { from: name("host-a") };
+    let record = Ownership::of(claim, Intent::Pause, expected);
+    let machine = |observed| match recover(&record, observed) {
+        (Recovered::Destination(machine), actions) => (machine, actions),
+        other => panic!("{other:?}"),
+    };
+    let go = DestinationInput::Receive(Message { claim, body: Body::Go { intent: Intent::Run } });
+
+    let (mut it, actions) = machine(Observed::Stopped);
+    assert_eq!(actions, []);
+    assert_eq!(it.step(go.clone()), [Action::CloseListeners]);
+    let (mut it, _) = machine(Observed::Incoming);
+    assert_eq!(it.step(go.clone()), []);
+    assert_eq!(bodies(&it.step(DestinationInput::Loaded)), [Body::Loaded]);
+    let (_, actions) = machine(Observed::Gone);
+    assert_eq!(bodies(&actions), [Body::Refused], "its only QEMU is dead, and it never owned");
+    let (mut it, _) = machine(Observed::Running);
+    assert_eq!(it.step(go), []);
+}
+
+#[test]
 fn who_may_begin() {
     let (owned, first) = claim();
     let migration = first.migration;
@@ -307,6 +388,8 @@ fn who_may_begin() {
     assert_eq!(offer(&leaving, 6).unwrap_err(), NotAdmitted::Migrating(migration));
     assert_eq!(offer(&expected, 6).unwrap_err(), NotAdmitted::Migrating(migration));
     assert_eq!(offer(&released, 6).unwrap_err(), doubt);
+    let spent = Destination::offer(Some(&gone), true, Claim { epoch: Epoch(6), ..claim }, to);
+    assert_eq!(spent.unwrap_err(), NotAdmitted::Spent(migration));
     for record in [&gone, &refused] {
         let stale = NotAdmitted::StaleEpoch { offered: Epoch(5), known: Epoch(5) };
         assert_eq!(offer(record, 5).unwrap_err(), stale);

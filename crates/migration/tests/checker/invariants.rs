@@ -1,11 +1,11 @@
 //! What must hold: the names are those of the project's list of invariants.
 
 use stateright::Property;
-use whimbrel_migration::handoff::{Body, Intent, Standing};
+use whimbrel_migration::handoff::{Body, Claim, Destination, Intent, Source, Standing};
 
 use super::driver::{Run, refused};
 use super::events::{Event, Handoff};
-use super::world::{Host, World, other};
+use super::world::{Host, World, host_name, migration_id, other};
 
 pub(crate) const AT_MOST_ONE: &str = "I1 AtMostOne";
 pub(crate) const OWNER_RUNS: &str = "I2 OwnerRuns";
@@ -206,7 +206,7 @@ fn happen(model: &Handoff, world: &mut World, event: Event) {
 }
 
 /// One host owns the VM, its guest is as its user wants it (or has died by a fault, at its owner),
-/// and nothing else is left.
+/// nothing else is left, and the next migration can begin.
 fn ended_well(world: &World) -> bool {
     let idle = |host: &Host| host.ready().is_some_and(|agent| agent.machines.is_empty());
     let owns = |host: &Host| host.current().is_some_and(|r| r.standing == Standing::Owned);
@@ -216,5 +216,22 @@ fn ended_well(world: &World) -> bool {
         None => world.qemu_died,
         Some(qemu) => qemu.loaded && !qemu.stale && qemu.running == (world.intent == Intent::Run),
     };
-    idle(a) && idle(b) && owns(owner) && !bystander.may_run() && bystander.qemu.is_none() && guest
+    idle(a)
+        && idle(b)
+        && owns(owner)
+        && !bystander.may_run()
+        && bystander.qemu.is_none()
+        && guest
+        && next_try_is_admitted(world, owner, bystander)
+}
+
+/// A migration with an epoch of its own is free to begin on both hosts.
+fn next_try_is_admitted(world: &World, owner: &Host, bystander: &Host) -> bool {
+    let Some(current) = owner.current() else { return false };
+    let named = world.tries.iter().map(|one| one.claim.epoch);
+    let epoch = named.chain([current.epoch]).max().unwrap_or(current.epoch).next();
+    let claim = Claim { vm: current.vm, migration: migration_id(world.tries.len()), epoch };
+    let peer = || host_name(0);
+    Source::begin(current, false, claim, peer()).is_ok()
+        && Destination::offer(bystander.current(), false, claim, peer()).is_ok()
 }

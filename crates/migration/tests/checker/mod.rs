@@ -12,7 +12,8 @@
 //! Invariants ([`invariants`]) hold in every state. Liveness is checked as: *from every reachable
 //! state in which nothing is half done, when faults stop and without any further order of the
 //! controller, a fair run ends well* (one owner, its guest as its user wants it, nothing left
-//! over). This finds every state without a good end, not every unfair loop.
+//! over, the next migration free to begin). This finds every state without a good end, not every
+//! unfair loop.
 //!
 //! Planted bugs ([`bugs`]) each remove one rule of the code or of its driver, from outside: the
 //! shipped code has no switches.
