@@ -305,8 +305,11 @@ impl Process {
     /// Waits for its end. Cancellation safe.
     pub async fn wait_exit(&self) -> Exit {
         let mut exit = self.exit.clone();
-        let ended = exit.wait_for(Option::is_some).await;
-        ended.ok().and_then(|exit| *exit).unwrap_or(Exit::Unseen)
+        match exit.wait_for(Option::is_some).await {
+            Ok(exit) => exit.unwrap_or(Exit::Unseen),
+            // The watcher has ended with its runtime, not the process: no end may be told.
+            Err(_) => std::future::pending().await,
+        }
     }
 
     /// Asks it to end (SIGTERM): QEMU then ends as if told `quit`.
