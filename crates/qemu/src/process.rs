@@ -305,10 +305,11 @@ impl Process {
     /// Waits for its end. Cancellation safe.
     pub async fn wait_exit(&self) -> Exit {
         let mut exit = self.exit.clone();
-        match exit.wait_for(Option::is_some).await {
-            Ok(exit) => exit.unwrap_or(Exit::Unseen),
+        let told = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+        match told {
+            Some(exit) => exit,
             // The watcher has ended with its runtime, not the process: no end may be told.
-            Err(_) => std::future::pending().await,
+            None => std::future::pending().await,
         }
     }
 
