@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch as channel};
 use tokio::time::Instant;
 use whimbrel_api::agent::VmReport;
 use whimbrel_api::vm::{VmDefinition, VmState};
-use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name};
+use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name};
 use whimbrel_migration::handoff::{Intent, Ownership, Standing};
 use whimbrel_qemu::event::{Event, EventError, Events};
 use whimbrel_qemu::machine::Machine;
@@ -320,10 +320,22 @@ fn published(definition: &VmDefinition, ownership: &Ownership, state: &State) ->
     let report = VmReport {
         definition: definition.clone(),
         state: shown,
-        epoch: ownership.epoch,
+        epoch: owned_epoch(ownership),
         engine: qemu.map(|qemu| qemu.engine.clone()),
     };
     Published { report, console, machine }
+}
+
+/// The epoch in which the VM is this host's. An open migration's record is about the one that may be given away: told as
+/// ours, it would outrank the word of the host that takes it.
+fn owned_epoch(ownership: &Ownership) -> Epoch {
+    match ownership.standing {
+        // Epochs between were only tried.
+        Standing::Leaving { .. } | Standing::Released { .. } => {
+            Epoch(ownership.epoch.0.saturating_sub(1))
+        }
+        _ => ownership.epoch,
+    }
 }
 
 /// How a record of an open migration reads in a report.
@@ -334,5 +346,23 @@ pub(super) fn news_of(record: &Ownership) -> Option<(MigrationId, VmState)> {
         Standing::Leaving { .. } => Some((migration, VmState::Migrating { migration })),
         Standing::Released { to } => Some((migration, ask(to))),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use whimbrel_api::VmId;
+    use whimbrel_migration::handoff::Intent;
+
+    use super::*;
+
+    #[test]
+    fn an_epoch_that_may_be_given_away_is_not_told_as_ours() {
+        let owned = Ownership { epoch: Epoch(4), ..Ownership::created(VmId::new(), Intent::Run) };
+        let to: Name = "host-b".parse().unwrap();
+        let open = |standing| Ownership { epoch: Epoch(5), standing, ..owned.clone() };
+        assert_eq!(owned_epoch(&owned), Epoch(4));
+        assert_eq!(owned_epoch(&open(Standing::Leaving { to: to.clone() })), Epoch(4));
+        assert_eq!(owned_epoch(&open(Standing::Released { to })), Epoch(4));
     }
 }

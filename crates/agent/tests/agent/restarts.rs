@@ -20,10 +20,14 @@ fn vms_run_on_and_are_found_again() {
             (report.definition.id, report.engine.unwrap().pid)
         });
         assert_eq!(place.processes(), [pid]);
+        // As if the agent had died between a migration's end and the removal of its certificates.
+        let left = place.config.run_dir().join(&place.run_folders()[0]).join("tls");
+        std::fs::create_dir(&left).unwrap();
         place.life(async |host| {
             let report = host.vms.report(id).unwrap();
             assert_eq!(report.state, VmState::Running);
             assert_eq!(report.engine.unwrap().pid, pid);
+            assert!(!left.exists());
             let paused = host.vms.act(id, VmAction::Pause, false).await.unwrap();
             assert_eq!(paused.state, VmState::Paused);
         });

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use whimbrel_migration::handoff::{Intent, Standing};
+use whimbrel_pki::qemu_credentials::remove_qemu_credentials;
 use whimbrel_qemu::event::{Event, EventError, EventKind};
 use whimbrel_qemu::machine::RunState;
 use whimbrel_qemu::process::Exit;
@@ -155,6 +156,11 @@ impl Task {
         let State::Running(watched) = &self.state else { return };
         if self.ownership.standing != Standing::Owned {
             return;
+        }
+        // No migration is open: what is left of an ended one would be in the next one's way.
+        if let Err(error) = remove_qemu_credentials(&watched.qemu.dir.tls_folder()) {
+            let error = whimbrel_api::error::chain(&error);
+            tracing::warn!(vm = %self.definition.name, error, "certificates of an ended migration are left");
         }
         let machine = watched.qemu.machine.clone();
         let Ok(status) = machine.status().await else { return };
