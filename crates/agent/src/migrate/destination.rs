@@ -42,6 +42,7 @@ use whimbrel_qemu::qmp::QmpError;
 
 use super::{migration_ip, remember_incoming};
 use crate::host::Host;
+use crate::vm::found::has_ended;
 use crate::vm::spawn::{Purpose, destroy, spawn};
 use crate::vm::{RunningVm, Spawned};
 
@@ -340,7 +341,13 @@ impl Arrival {
     }
 
     /// QEMU closes its listener itself once the stream is complete; a port that is still open would let a second stream in.
+    ///
+    /// A QEMU that has died, of which nobody has heard yet, is no owner's: after the next step it would take the VM with it,
+    /// while a refusal still lets the source resume.
     fn close_listeners(&self) -> DestinationInput {
+        if self.target.as_ref().is_none_or(|target| has_ended(target.process.identity())) {
+            return DestinationInput::CloseFailed;
+        }
         let Some(port) = self
             .offer
             .borrow()

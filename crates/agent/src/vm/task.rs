@@ -352,7 +352,6 @@ pub(super) fn news_of(record: &Ownership) -> Option<(MigrationId, VmState)> {
 #[cfg(test)]
 mod tests {
     use whimbrel_api::VmId;
-    use whimbrel_migration::handoff::Intent;
 
     use super::*;
 
