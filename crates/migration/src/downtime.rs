@@ -21,6 +21,13 @@ pub struct Downtime {
     pub go_us: u64,
     /// The source's STOP until the destination's RESUME.
     pub total_us: u64,
+    /// QEMU's own stamp of the source's STOP: microseconds since 1970 by the source's wall clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_at_us: Option<u64>,
+    /// QEMU's own stamp of the destination's RESUME, by the destination's wall clock. Comparable with
+    /// the other only as far as the two clocks agree; none if the event was missed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed_at_us: Option<u64>,
 }
 
 impl Downtime {
@@ -47,6 +54,7 @@ mod tests {
             release_us: 1_000,
             go_us: 2_500,
             total_us: 9_100,
+            ..Downtime::default()
         };
         assert_eq!(downtime.unnamed_us(), 100);
         downtime.total_us = 10;

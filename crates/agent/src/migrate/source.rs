@@ -22,7 +22,7 @@ use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep};
 use tracing::{debug, error, warn};
-use whimbrel_api::agent::{Handoff, OutgoingEnd, OutgoingReport, OutgoingRequest};
+use whimbrel_api::agent::{Handoff, OutgoingEnd, OutgoingReport, OutgoingRequest, Resumed};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::error::chain;
 use whimbrel_api::migration::{Progress, Stay};
@@ -313,7 +313,12 @@ impl Departure {
 
     fn ordered(&mut self, order: Order) -> SourceInput {
         match order {
-            Order::Answer(message) => SourceInput::Receive(message),
+            Order::Answer(message) => {
+                if message.body == Body::Refused {
+                    self.refused_there();
+                }
+                SourceInput::Receive(message)
+            }
             Order::Cancel(answer) => {
                 self.cancels.push(answer);
                 self.why.get_or_insert(Stay::Cancelled);
@@ -378,16 +383,16 @@ impl Departure {
             Body::Loaded => {
                 self.pause.confirmed.get_or_insert_with(now_us);
             }
-            Body::Owned => {
-                self.pause_over(answer.resumed.map_or(0, |resumed| resumed.since_resume_us))
-            }
-            Body::Refused => {
-                let message = "the destination refused the VM; its own event says why".to_owned();
-                self.why.get_or_insert(Stay::DestinationRefused { message });
-            }
+            Body::Owned => self.pause_over(answer.resumed),
+            Body::Refused => self.refused_there(),
             _ => {}
         }
         SourceInput::Receive(answer.message)
+    }
+
+    fn refused_there(&mut self) {
+        let message = "the destination refused the VM; its own event says why".to_owned();
+        self.why.get_or_insert(Stay::DestinationRefused { message });
     }
 
     fn deadline(&mut self) -> Option<SourceInput> {
@@ -579,8 +584,8 @@ impl Departure {
         };
     }
 
-    fn pause_over(&mut self, since_resume_us: u64) {
-        let now = now_us().saturating_sub(since_resume_us);
+    fn pause_over(&mut self, resumed: Option<Resumed>) {
+        let now = now_us().saturating_sub(resumed.map_or(0, |resumed| resumed.since_resume_us));
         let Pause {
             stopped: Some(stopped),
             completed: Some(completed),
@@ -597,6 +602,8 @@ impl Departure {
             release_us: released.saturating_sub(confirmed),
             go_us: now.saturating_sub(released),
             total_us: now.saturating_sub(stopped),
+            stopped_at_us: Some(stopped),
+            resumed_at_us: resumed.map(|resumed| resumed.resume_at_us).filter(|at| *at > 0),
         };
         self.report.send_modify(|report| report.downtime = Some(downtime));
     }
