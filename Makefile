@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup build guest demo test lint model
+.PHONY: help setup build guest demo bench test lint model
 
 CARGO ?= cargo
 # Namespaces, taps and bridges need root: the demo, and the tests that use them, run through sudo where we are not root.
@@ -26,6 +26,10 @@ guest: ## build the program that is init in the test guest
 
 demo: setup build guest ## see it work: a VM moves twice between three hosts on this machine
 	@$(SUDO) target/release/whimbrel demo
+
+bench: setup build guest ## measure what a migration costs: a table, and target/bench/figures.json
+	@$(CARGO) build --release --locked --package whimbrel-bench
+	@$(SUDO) target/release/whimbrel-bench
 
 test: setup lint guest ## run all checks and tests, those with real QEMU included
 	@export $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(SUDO)"); \

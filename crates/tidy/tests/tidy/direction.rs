@@ -13,6 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("agent", &["api", "migration", "pki", "qemu"]),
     ("controller", &["api", "migration", "pki"]),
     ("lab", &["api", "guest", "migration", "pki"]),
+    ("bench", &["api", "lab"]),
     ("cli", &["agent", "api", "controller", "guest", "lab", "migration", "pki"]),
 ];
 const SECTIONS: [&str; 3] = ["dependencies", "dev-dependencies", "build-dependencies"];
