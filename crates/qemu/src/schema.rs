@@ -35,6 +35,9 @@ pub struct Features {
     pub avail_switchover_bandwidth: bool,
     /// Where zero pages are found can be chosen (10.0).
     pub zero_page_detection: bool,
+    /// A guest whose disks are inactive can be sent: 10.0, which can also be told to make disks
+    /// active or not (`blockdev-set-active` is the sign). 7.2 ends with a failed assertion.
+    pub sends_inactive_disks: bool,
     /// Every migration capability by its name, for the comparison of two ends.
     pub migration_capabilities: BTreeSet<String>,
 }
@@ -64,6 +67,7 @@ impl Features {
             validate_uuid: has("validate-uuid"),
             avail_switchover_bandwidth: takes("avail-switchover-bandwidth"),
             zero_page_detection: takes("zero-page-detection"),
+            sends_inactive_disks: schema.has_command("blockdev-set-active"),
             migration_capabilities,
         }
     }

@@ -331,6 +331,9 @@ type Member = (String, Option<&'static [&'static str]>);
 /// The description of exactly what this fake takes.
 fn schema(version: Version) -> Value {
     let mut entities = vec![json!({ "name": "value", "meta-type": "builtin" })];
+    if version == Version::V10_0 {
+        entities.push(json!({ "name": "blockdev-set-active", "meta-type": "command" }));
+    }
     for sent in SENT {
         let command = sent.command;
         let mut members: Vec<Member> = Vec::new();

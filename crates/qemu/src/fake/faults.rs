@@ -59,8 +59,7 @@ impl Faults {
     /// Passes a point: dies, stalls or refuses there if that is ordered.
     pub(super) async fn at(&self, point: &str) -> Result<(), Refused> {
         if self.has("die", point) {
-            // Nothing is tidied up, as when a real one is killed.
-            let _ = kill_process(getpid(), Signal::KILL);
+            self.die();
         }
         while self.has("stall", point) {
             tokio::time::sleep(Duration::from_millis(STALL_POLL_MILLISECONDS)).await;
@@ -69,6 +68,11 @@ impl Faults {
             return Err(Refused { point: point.to_owned() });
         }
         Ok(())
+    }
+
+    /// Ends at once. Nothing is tidied up, as when a real one is killed or fails an assertion.
+    pub(super) fn die(&self) {
+        let _ = kill_process(getpid(), Signal::KILL);
     }
 
     /// Whether success is to be told without being true.

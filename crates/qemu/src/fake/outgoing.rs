@@ -130,6 +130,9 @@ async fn send(vm: &Arc<Vm>, address: &str, before: &RunState) -> Result<(), End>
         state.migration.downtime_ms = Some(milliseconds(stopped));
         state.migration.total_time_ms = milliseconds(begun);
     }
+    if vm.version == Version::V7_2 && vm.arrived_and_never_ran() {
+        vm.faults.die();
+    }
     vm.leave_disks();
     vm.migration_becomes("completed");
     vm.state().run_state = RunState::PostMigrate;

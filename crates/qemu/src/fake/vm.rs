@@ -124,6 +124,12 @@ impl Vm {
         Ok(())
     }
 
+    /// Whether its disks have been inactive since it was loaded.
+    pub(super) fn arrived_and_never_ran(&self) -> bool {
+        let has_disks = !self.options.block_nodes.is_empty();
+        self.options.incoming && has_disks && self.state().disks.is_none()
+    }
+
     /// Lets go of the disks, as a source does that has sent its guest.
     pub(super) fn leave_disks(&self) {
         self.state().disks = None;

@@ -19,8 +19,11 @@
 //!   not.
 //! - A guest that its user had paused stays stopped after a failure. 10.0 returns to `paused`; 7.2
 //!   shows `postmigrate` then, and refuses any further `migrate` ("Can't migrate the vm that was
-//!   paused due to previous migration") until the guest has run again: whoever owns the guest must
-//!   send `cont` and `stop` first. So the run state alone does not tell that a guest has left.
+//!   paused due to previous migration") until the guest has run again. So the run state alone does
+//!   not tell that a guest has left.
+//! - A guest that arrived paused, and was never let run, has inactive disks (`cont` takes them).
+//!   To send it on ends 7.2 with a failed assertion in the last stage, and the guest with it; 10.0
+//!   can. [`Outgoing::start`] wakes both kinds for an instant first: nothing else helps 7.2.
 //! - A destination that hangs leaves the source in `device` for ever, its guest stopped:
 //!   [`Outgoing::continue_to_completed`] is bounded, and [`Outgoing::cancel`] ends this state too.
 
@@ -164,6 +167,7 @@ enum Standing {
 
 impl Outgoing {
     /// Sets everything up and tells QEMU to begin. What an earlier try left is taken away first.
+    /// Only for who owns the guest: a paused one may have to run for an instant ([`wake`]).
     ///
     /// # Errors
     ///
@@ -178,6 +182,9 @@ impl Outgoing {
         if multifd && !features.multifd {
             return Err(OutgoingError::Unsupported { feature: "multifd" });
         }
+        wake(machine)
+            .await
+            .map_err(step("a paused guest that arrived, or was to leave, before"))?;
         let capabilities = [
             ("events", true),
             ("return-path", true),
@@ -395,6 +402,23 @@ impl Outgoing {
             _ => {}
         }
     }
+}
+
+/// Lets a paused guest run for an instant, if QEMU would not survive, or not begin, its migration
+/// otherwise. The head of this module says when.
+async fn wake(machine: &Machine) -> Result<(), QmpError> {
+    let needs = match machine.status().await?.run_state {
+        RunState::PostMigrate => true,
+        RunState::Paused | RunState::Prelaunch if !machine.features().sends_inactive_disks => {
+            Statistics::query(machine.qmp()).await?.status == MigrationStatus::Completed
+        }
+        _ => false,
+    };
+    if needs {
+        machine.cont().await?;
+        machine.stop().await?;
+    }
+    Ok(())
 }
 
 /// Takes back what [`Outgoing::start`] set, after a migration that is over, so that nothing of it

@@ -266,17 +266,8 @@ async fn a_paused_guest_stays_paused_whatever_happens() {
         let shown = if from.version == "7.2" { RunState::PostMigrate } else { RunState::Paused };
         assert_eq!(end, Cancelled::Stopped { run_state: shown });
 
+        // And 7.2 takes that for a reason not to migrate, until the guest has run again.
         let destination = lab.start(&onto, "second-try", true).await;
-        if from.version == "7.2" {
-            // And it takes that for a reason not to migrate, until the guest has run again.
-            let address = destination.listens(None).await;
-            let error = Outgoing::start(&source.machine, &to(address, None)).await.unwrap_err();
-            assert!(matches!(error, OutgoingError::Prepare { .. }), "{error:?}");
-            source.machine.cont().await.unwrap();
-            source.machine.stop().await.unwrap();
-            destination.killed().await;
-        }
-        let destination = lab.start(&onto, "third-try", true).await;
         let mut outgoing = at_pre_switchover(&source, &destination).await;
         let completed = outgoing.continue_to_completed(BOUND).await.unwrap();
         assert_eq!(completed.stopped_at, None);
@@ -350,6 +341,28 @@ fn with_disk(lab: &Lab, name: &str, incoming: bool) -> whimbrel_qemu::command_li
         cache: Cache::WriteBack,
     });
     spec
+}
+
+#[tokio::test]
+async fn a_guest_that_arrived_paused_goes_on_paused() {
+    for (from, onto) in pairs() {
+        let lab = Lab::new();
+        let mut source = lab.start_spec(&from, with_disk(&lab, "first", false)).await;
+        source.machine.cont().await.unwrap();
+        source.machine.stop().await.unwrap();
+        // 7.2 fails an assertion over disks that were never active since the guest arrived.
+        for (name, engine) in [("second", &from), ("third", &onto)] {
+            let destination = lab.start_spec(engine, with_disk(&lab, name, true)).await;
+            let mut outgoing = at_pre_switchover(&source, &destination).await;
+            outgoing.continue_to_completed(BOUND).await.unwrap();
+            let loaded = soon(incoming::wait_loaded(&destination.machine)).await.unwrap();
+            assert_eq!(loaded.run_state, RunState::Paused);
+            source.killed().await;
+            source = destination;
+        }
+        source.machine.cont().await.unwrap();
+        assert_eq!(source.run_state().await, RunState::Running);
+    }
 }
 
 #[tokio::test]
