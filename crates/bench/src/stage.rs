@@ -98,7 +98,7 @@ impl Stage {
         say(&format!("starting {} on {host}, QEMU {}", shape.name, engine.version));
         let mut definition = vm_definition(&shape.name, shape.number, shape.filled_mib);
         for (usual, ours) in [
-            ("\"pc-q35-7.2\"", format!("\"{}\"", engine.machine)),
+            ("vcpus = 1", format!("vcpus = 1\nmachine = \"{}\"", engine.machine)),
             ("\"1GiB\"", format!("\"{}\"", shape.memory)),
             (" witness.memory=", format!(" witness.verify=0 {} witness.memory=", shape.words)),
         ] {

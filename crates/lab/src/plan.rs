@@ -12,6 +12,7 @@
 //! ```
 
 use std::fmt;
+use std::fs::{DirEntry, read_dir};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -48,7 +49,7 @@ pub const CONTROLLER_PORT: u16 = 8440;
 pub const AGENT_PORT: u16 = 8441;
 /// Who QEMU runs as in the lab: a number that Debian and systemd leave free, and that user namespaces of 65536 ids have.
 pub const QEMU_USER: &str = "60900:60900";
-/// The QEMU that a lab uses which is given no other.
+/// The QEMU that Debian's package installs.
 pub const SYSTEM_ENGINE: &str = "/usr/bin/qemu-system-x86_64";
 
 /// The address of the `number`th guest, counted from 0; at most 100 are told apart.
@@ -120,15 +121,16 @@ pub struct LabConfig {
 }
 
 impl LabConfig {
-    /// The usual lab in a folder: three hosts, no shaping, the system's QEMU.
+    /// The usual lab in a folder: three hosts, no shaping, the newest QEMU of the cache.
     #[must_use]
     pub fn new(dir: &Path, binary: &Path) -> Self {
+        let cache = cache_dir();
         Self {
             dir: dir.to_owned(),
-            cache: cache_dir(),
+            engines: vec![newest_engine(&cache)],
+            cache,
             hosts: HOSTS_DEFAULT,
             link: None,
-            engines: vec![PathBuf::from(SYSTEM_ENGINE)],
             binary: binary.to_owned(),
         }
     }
@@ -142,6 +144,20 @@ impl LabConfig {
             self.cache.join("engines").join(text).join("qemu-system-x86_64")
         }
     }
+}
+
+/// The newest QEMU of the cache, or the system's where there is none. Without KVM a guest of 7.2 has to have its dirty pages
+/// collected a slow way (see `whimbrel_qemu::command_line`), and is held up by it.
+fn newest_engine(cache: &Path) -> PathBuf {
+    let version = |entry: &DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        name.split('.').map(|number| number.parse().ok()).collect::<Option<Vec<u32>>>()
+    };
+    let unpacked = read_dir(cache.join("engines")).into_iter().flatten().flatten();
+    let engines = unpacked
+        .filter_map(|entry| Some((version(&entry)?, entry.path().join("qemu-system-x86_64"))));
+    let newest = engines.filter(|(_, path)| path.is_file()).max();
+    newest.map_or_else(|| PathBuf::from(SYSTEM_ENGINE), |(_, path)| path)
 }
 
 /// Where the downloads of `scripts/setup` are: [`CACHE_VARIABLE`], else in [`DIR_DEFAULT`].
@@ -296,6 +312,21 @@ mod tests {
     fn config(hosts: u8) -> LabConfig {
         let engines = vec![PathBuf::from("/q7"), PathBuf::from("/q10")];
         LabConfig { hosts, engines, ..LabConfig::new(Path::new("/lab"), Path::new("/whimbrel")) }
+    }
+
+    #[test]
+    fn ten_is_newer_than_seven() {
+        let cache = tempfile::tempdir().unwrap();
+        assert_eq!(newest_engine(cache.path()), Path::new(SYSTEM_ENGINE));
+        for version in ["7.2", "10.0", "broken", "11.0"] {
+            std::fs::create_dir_all(cache.path().join("engines").join(version)).unwrap();
+        }
+        for version in ["7.2", "10.0", "broken"] {
+            let program = cache.path().join("engines").join(version).join("qemu-system-x86_64");
+            std::fs::write(program, "").unwrap();
+        }
+        let newest = cache.path().join("engines/10.0/qemu-system-x86_64");
+        assert_eq!(newest_engine(cache.path()), newest);
     }
 
     #[test]

@@ -142,8 +142,7 @@ pub fn vm_definition(name: &str, number: u8, memory_mib: u32) -> String {
 name = "{name}"
 vcpus = 1
 memory = "1GiB"
-# Both QEMU 7.2 and 10.0 have this machine type, so the VM can move between them.
-machine = "pc-q35-7.2"
+# Without `machine`, it is the newest type that the QEMUs of all hosts have, so that the VM can move between them.
 
 [boot.kernel]
 kernel = "{STORAGE}/boot/vmlinuz"
