@@ -44,6 +44,7 @@ use whimbrel_qemu::migrate::outgoing::{
 };
 use whimbrel_qemu::process::Process;
 
+use super::destination::LEASE_SECONDS;
 use super::{refused, remember_outgoing};
 use crate::host::Host;
 use crate::vm::RunningVm;
@@ -79,7 +80,7 @@ pub(super) struct Ended {
 }
 
 type Copying = Pin<Box<dyn Future<Output = Result<Completed, (Phase, OutgoingError)>> + Send>>;
-type Asking = Pin<Box<dyn Future<Output = Option<Handoff>> + Send>>;
+type Asking = Pin<Box<dyn Future<Output = Result<Handoff, ApiError>> + Send>>;
 
 /// One VM on its way out.
 pub(super) struct Departure {
@@ -96,6 +97,8 @@ pub(super) struct Departure {
     copying: Option<Copying>,
     asking: FuturesUnordered<Asking>,
     cancels: Vec<oneshot::Sender<bool>>,
+    /// When the destination last answered anything, or took more of the guest.
+    lively_at: Instant,
     /// Until when the destination may confirm that it holds the guest.
     confirm_by: Option<Instant>,
     /// When the release was on the disk, until the operator has been told that it is unanswered.
@@ -253,6 +256,7 @@ impl Departure {
             copying: None,
             asking: FuturesUnordered::new(),
             cancels: Vec::new(),
+            lively_at: Instant::now(),
             confirm_by: None,
             released_at,
             pause: Pause::default(),
@@ -291,11 +295,11 @@ impl Departure {
     async fn listen(&mut self, ears: &mut Ears) -> Option<SourceInput> {
         tokio::select! {
             Some(order) = ears.orders.recv() => Some(self.ordered(order)),
-            Some(answer) = self.asking.next(), if !self.asking.is_empty() => answer.map(|answer| self.heard(answer)),
+            Some(answer) = self.asking.next(), if !self.asking.is_empty() => self.answered(answer),
             copied = or_never(self.copying.as_mut()) => Some(self.copied(copied)),
             Ok(()) = ears.statistics.changed() => {
                 let statistics = ears.statistics.borrow_and_update().clone();
-                self.report.send_modify(|report| report.progress = Some(progress(&statistics, &self.request)));
+                self.copied_more(&statistics);
                 None
             }
             event = next_event(&mut ears.events) => self.qemu_said(&event),
@@ -309,6 +313,17 @@ impl Departure {
             }
             _ = ears.tick.tick() => Some(self.deadline().unwrap_or(SourceInput::Tick)),
         }
+    }
+
+    fn copied_more(&mut self, statistics: &Statistics) {
+        let progress = progress(statistics, &self.request);
+        self.report.send_modify(|report| {
+            let before = report.progress.replace(progress);
+            let sent = |progress: &Option<Progress>| progress.as_ref().map(|p| p.transferred_bytes);
+            if sent(&report.progress) != sent(&before) {
+                self.lively_at = Instant::now();
+            }
+        });
     }
 
     fn ordered(&mut self, order: Order) -> SourceInput {
@@ -377,6 +392,23 @@ impl Departure {
         SourceInput::QemuGone
     }
 
+    /// An answer, or none: `busy` and the like are no answer to the rules, and yet a sign of life.
+    fn answered(&mut self, answer: Result<Handoff, ApiError>) -> Option<SourceInput> {
+        match answer {
+            Ok(answer) => {
+                self.lively_at = Instant::now();
+                Some(self.heard(answer))
+            }
+            Err(error) => {
+                debug!(migration = %self.id, %error, "no answer to a handoff message yet");
+                if !error.is_unknown() {
+                    self.lively_at = Instant::now();
+                }
+                None
+            }
+        }
+    }
+
     /// What an answer means, with the moments that it marks.
     fn heard(&mut self, answer: Handoff) -> SourceInput {
         match answer.message.body {
@@ -402,6 +434,15 @@ impl Departure {
                 "the destination did not say within {CONFIRM_SECONDS} s that it holds the whole guest"
             );
             return Some(self.failed(Phase::Switchover, ErrorCode::Unreachable, message));
+        }
+        // TCP would keep the copy waiting for a quarter of an hour, and the destination has given it up long before.
+        if self.copying.is_some() && self.lively_at.elapsed() >= Duration::from_secs(LEASE_SECONDS)
+        {
+            let message = format!(
+                "the destination was silent for {LEASE_SECONDS} s, and the copy stood still"
+            );
+            let phase = self.report.borrow().phase;
+            return Some(self.failed(phase, ErrorCode::Unreachable, message));
         }
         let waited = self.released_at.map(|at| at.elapsed());
         if waited.is_some_and(|waited| waited >= Duration::from_millis(UNRESOLVED_AFTER_MS)) {
@@ -496,15 +537,7 @@ impl Departure {
             return;
         }
         let (peer, id) = (self.peer.clone(), self.id);
-        self.asking.push(Box::pin(async move {
-            match peer.handoff(id, &handoff).await {
-                Ok(answer) => Some(answer),
-                Err(error) => {
-                    debug!(migration = %id, %error, "no answer to a handoff message yet");
-                    None
-                }
-            }
-        }));
+        self.asking.push(Box::pin(async move { peer.handoff(id, &handoff).await }));
     }
 
     /// Asks without being told to by the rules. Early, it renews the destination's lease; once the guest stands still, the
