@@ -14,8 +14,8 @@ fn whoever_dies_in_the_copy_the_guest_stays() {
 
     let id = stage.copies("host-b");
     stage.kill(&stage.qemu("host-b"));
-    let record = stage.wait_end(&id);
-    assert_eq!((&record["outcome"], &record["why"]["cause"]), (&"stayed".into(), &"failed".into()));
+    // Its own QEMU says so, or the destination does: whichever the source hears first.
+    assert_eq!(stage.wait_end(&id)["outcome"], "stayed");
     same_guest();
 
     let id = stage.copies("host-b");
