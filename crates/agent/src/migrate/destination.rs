@@ -12,7 +12,7 @@
 //!
 //! Not here: HTTP, the source's side, who may ask (all in [`super`]).
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -33,7 +33,7 @@ use whimbrel_migration::phase::Outcome;
 use whimbrel_pki::identity::qemu_subject;
 use whimbrel_pki::qemu_credentials::{QemuSide, remove_qemu_credentials, write_qemu_credentials};
 use whimbrel_qemu::event::{EventKind, Events};
-use whimbrel_qemu::machine::Status;
+use whimbrel_qemu::machine::{RunState, Status};
 use whimbrel_qemu::migrate::incoming::{
     self, IncomingError, IncomingSettings, IncomingTls, Loaded,
 };
@@ -345,47 +345,55 @@ impl Arrival {
     /// A QEMU that has died, of which nobody has heard yet, is no owner's: after the next step it would take the VM with it,
     /// while a refusal still lets the source resume.
     fn close_listeners(&self) -> DestinationInput {
-        if self.target.as_ref().is_none_or(|target| has_ended(target.process.identity())) {
+        let Some(target) = &self.target else { return DestinationInput::CloseFailed };
+        let process = target.process.identity();
+        if has_ended(process) {
             return DestinationInput::CloseFailed;
         }
-        let Some(port) = self
-            .offer
-            .borrow()
-            .as_ref()
-            .and_then(|offer| Some(offer.as_ref().ok()?.address.port()))
-        else {
-            return DestinationInput::CloseFailed;
-        };
-        match listens(port) {
+        match listens(process.pid) {
             Ok(false) => DestinationInput::ListenersClosed,
             Ok(true) => {
-                warn!(migration = %self.id, port, "the migration port is still open although the guest is here");
+                warn!(migration = %self.id, "QEMU still listens although the guest is here");
                 DestinationInput::CloseFailed
             }
             Err(error) => {
-                warn!(migration = %self.id, %error, "cannot see which ports are open");
+                warn!(migration = %self.id, %error, "cannot see whether QEMU still listens");
                 DestinationInput::CloseFailed
             }
         }
     }
 
     /// Lets the guest run. No answer at all means nothing: it is asked again how it is.
+    ///
+    /// A `cont` that was not answered may have been heard all the same, and the guest may have run and stopped by itself
+    /// (powered off, say): a later refusal is one only where the guest is still as it was loaded.
     async fn continue_guest(&mut self) -> DestinationInput {
         let Some(target) = &self.target else { return DestinationInput::QemuGone };
         let mut events = target.machine.events();
+        let mut unanswered = false;
         loop {
             if target.process.exited().is_some() {
                 return DestinationInput::QemuGone;
             }
             let told = target.machine.cont().await;
             let now = Instant::now();
+            let refused = matches!(told, Err(QmpError::Refused { .. }));
             match (told, target.machine.status().await) {
+                (Err(_), Ok(Status { running: false, run_state })) if refused => {
+                    let as_loaded = matches!(run_state, RunState::Paused | RunState::Prelaunch);
+                    if !unanswered || as_loaded {
+                        return DestinationInput::ContinueFailed;
+                    }
+                    return DestinationInput::Continued;
+                }
                 (Ok(()), _) | (_, Ok(Status { running: true, .. })) => {
                     self.resumed = Some((now, resume_stamp(&mut events)));
                     return DestinationInput::Continued;
                 }
-                (Err(QmpError::Refused { .. }), Ok(_)) => return DestinationInput::ContinueFailed,
-                _ => sleep(Duration::from_millis(RESEND_INTERVAL_MS)).await,
+                _ => {
+                    unanswered |= !refused;
+                    sleep(Duration::from_millis(RESEND_INTERVAL_MS)).await;
+                }
             }
         }
     }
@@ -497,18 +505,46 @@ fn resume_stamp(events: &mut Events) -> u64 {
     0
 }
 
-/// Whether anything in this network namespace listens on a TCP port. Linux' `/proc/net/tcp`: the second column is
-/// `address:port` in hexadecimal, the fourth the state, 0A being LISTEN.
-fn listens(port: u16) -> std::io::Result<bool> {
-    let suffix = format!(":{port:04X}");
+/// Whether a process listens on any TCP port. Not asked of the port: the next QEMU that waits for a guest may have it by now.
+///
+/// Linux: `/proc/PID/fd` names the process's sockets by inode; in `/proc/PID/net/tcp`, which has all of its network
+/// namespace, the fourth column is the state, 0A being LISTEN, and the tenth the inode.
+fn listens(pid: u32) -> std::io::Result<bool> {
+    let mut sockets = HashSet::new();
+    for descriptor in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // One that was closed meanwhile does not listen.
+        let Ok(target) = std::fs::read_link(descriptor?.path()) else { continue };
+        let inode =
+            target.to_str().and_then(|name| name.strip_prefix("socket:[")?.strip_suffix(']'));
+        sockets.extend(inode.map(str::to_owned));
+    }
     let on = |table: String| {
         table.lines().skip(1).any(|line| {
-            let mut columns = line.split_ascii_whitespace().skip(1);
-            columns.next().is_some_and(|local| local.ends_with(&suffix))
-                && columns.nth(1) == Some("0A")
+            let mut columns = line.split_ascii_whitespace();
+            columns.nth(3) == Some("0A")
+                && columns.nth(5).is_some_and(|inode| sockets.contains(inode))
         })
     };
-    let v4 = on(std::fs::read_to_string("/proc/net/tcp")?);
-    let v6 = std::fs::read_to_string("/proc/net/tcp6").is_ok_and(on);
+    let v4 = on(std::fs::read_to_string(format!("/proc/{pid}/net/tcp"))?);
+    let v6 = std::fs::read_to_string(format!("/proc/{pid}/net/tcp6")).is_ok_and(on);
     Ok(v4 || v6)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_listener_is_its_own_process_alone() {
+        let _v4 = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(listens(std::process::id()).unwrap());
+        let mut other = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        assert!(!listens(other.id()).unwrap());
+        drop(other.stdin.take());
+        other.wait().unwrap();
+        assert!(listens(other.id()).is_err(), "nobody knows of a process that is gone");
+    }
 }

@@ -217,6 +217,31 @@ fn a_paused_vm_arrives_paused() {
 }
 
 #[test]
+fn a_port_that_somebody_else_listens_on_by_now_keeps_no_guest_waiting() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            let offer = pair.prepare(&one, &pair.a, &pair.b).await.unwrap();
+            let address = offer.address;
+            pair.a.faults("stall:copying");
+            pair.send(&one, &pair.a, &pair.b, offer).await.unwrap();
+            // As the next QEMU that waits for a guest does, once the first has its stream.
+            let mut next = None;
+            eventually(async || {
+                next = std::net::TcpListener::bind(address).ok();
+                next.is_some()
+            })
+            .await;
+            pair.a.faults("");
+            assert_eq!(pair.end(&one, &pair.a).await, OutgoingEnd::Moved);
+        });
+        pair.assert_runs_on(vm, &b);
+        pair.assert_clean(&pair.a, &a);
+    });
+}
+
+#[test]
 fn a_cancelled_vm_stays_and_the_next_try_moves_it() {
     with_pair(|pair, a, b| {
         let vm = pair.vm_on(&a);
