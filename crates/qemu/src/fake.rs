@@ -23,6 +23,7 @@
 //! | `die:POINT` | the process kills itself there |
 //! | `lie:POINT` | the command is answered with success and not carried out; see below for stages |
 //! | `silent:qmp` | commands are read and not answered, events not sent |
+//! | `sleep:guest` | a guest that runs is said to be suspended, and `cont` changes nothing |
 //!
 //! A point is a QMP command by its name, or a stage: `start`, and of a source `copying`,
 //! `pre-switchover`, `device`, `completed`, `settling` (it has failed, and its guest does not run

@@ -11,7 +11,7 @@
 //! A request is idempotent by the migration's id: repeated, it finds the migration open, or ended, and says how it is. An
 //! ended migration's report stays until the controller has taken note (`DELETE`).
 //!
-//! After a restart of the agent [`recover`] rebuilds every open migration from the ledger: the ownership record says what
+//! After a restart of the agent [`mod@recover`] rebuilds every open migration from the ledger: the ownership record says what
 //! may be done, the request says with whom.
 //!
 //! Not here: which host takes part and why (the controller), who may run the guest ([`whimbrel_migration::handoff`]).
@@ -290,6 +290,8 @@ async fn admit_arrival(
     let claim = handoff::Claim { vm, migration: id, epoch: request.epoch };
     let (rules, first) = Destination::offer(current.as_ref(), spent, claim, request.source.clone())
         .map_err(|why| refused(&why))?;
+    // It is not ours now, so a row is left over from when it was: it would name an old QEMU as the VM's own.
+    host.ledger.remove_vm(vm).await?;
     remember_incoming(host, id, request, ticket, None).await?;
     Ok((rules, first))
 }
@@ -542,22 +544,24 @@ pub async fn watch(
 pub async fn cancel(host: &Arc<Host>, id: MigrationId) -> Result<OutgoingReport, ApiError> {
     let outgoing = host.migrations.find_outgoing(id).ok_or_else(|| unknown(id))?;
     let (answer, answered) = oneshot::channel();
-    let accepted = if outgoing.orders.send(source::Order::Cancel(answer)).await.is_ok() {
-        // No answer: it ended in that moment, and the report says how.
-        timeout(Duration::from_secs(ORDER_SECONDS), answered).await.ok().and_then(Result::ok)
-    } else {
-        None
+    let asked = async {
+        outgoing.orders.send(source::Order::Cancel(answer)).await.ok()?;
+        answered.await.ok()
     };
+    // No answer: it ended in that moment, and the report says how, or it is in the midst of something.
+    let accepted = timeout(Duration::from_secs(ORDER_SECONDS), asked).await.ok().flatten();
     let report = outgoing.report.borrow().clone();
-    let stays = matches!(report.end, OutgoingEnd::Stayed { .. });
-    match accepted {
-        Some(true) => Ok(report),
-        _ if stays => Ok(report),
-        _ => Err(ApiError::new(
+    match (accepted, &report.end) {
+        (Some(true), _) | (_, OutgoingEnd::Stayed { .. }) => Ok(report),
+        (Some(false), _) | (None, OutgoingEnd::Moved) => Err(ApiError::new(
             ErrorCode::HandedOver,
             "the guest has been given to the destination; it cannot be cancelled any more",
         )
         .hint("let it end, and migrate the VM back")),
+        (None, OutgoingEnd::Open | OutgoingEnd::Unresolved { .. }) => {
+            let message = format!("the cancel was not answered within {ORDER_SECONDS} s");
+            Err(ApiError::new(ErrorCode::Busy, message).hint("ask again"))
+        }
     }
 }
 

@@ -205,8 +205,11 @@ impl Departure {
         guest: &RunningVm,
     ) -> Result<(Source, Vec<Action>), ApiError> {
         let spent = host.ledger.ownership(request.vm, Some(id)).await?.is_some();
+        // The ledger's word, not the task's memory of it.
+        let current = host.ledger.current(request.vm).await?;
+        let current = current.as_ref().unwrap_or(&guest.ownership);
         let claim = Claim { vm: request.vm, migration: id, epoch: request.epoch };
-        let begun = Source::begin(&guest.ownership, spent, claim, request.destination.clone());
+        let begun = Source::begin(current, spent, claim, request.destination.clone());
         let (rules, first) = begun.map_err(|why| refused(&why))?;
         let user = host.qemu_user();
         write_qemu_credentials(
@@ -564,21 +567,22 @@ impl Departure {
         }
     }
 
-    /// The guest runs, or cannot (its QEMU is gone, or it has powered itself off): nothing else ends this.
+    /// The guest runs, or does not for reasons of its own (see [`rests`]), or its QEMU is gone: nothing else ends this.
     async fn resume_guest(&mut self) {
         let Some(guest) = &self.guest else { return };
         let (machine, id) = (&guest.qemu.machine, self.id);
         let resumed = async {
             loop {
                 match machine.status().await {
-                    Ok(status) if status.running || status.run_state == RunState::Shutdown => {
-                        return;
-                    }
+                    Ok(status) if status.running || rests(&status.run_state) => return,
                     _ => {}
                 }
-                if let Err(error) = machine.cont().await {
-                    warn!(migration = %id, error = chain(&error), "the guest could not be resumed; trying again");
-                    sleep(Duration::from_millis(RESUME_RETRY_MS)).await;
+                match machine.cont().await {
+                    Ok(()) => return,
+                    Err(error) => {
+                        warn!(migration = %id, error = chain(&error), "the guest could not be resumed; trying again");
+                        sleep(Duration::from_millis(RESUME_RETRY_MS)).await;
+                    }
                 }
             }
         };
@@ -659,6 +663,21 @@ fn remove_credentials(guest: &RunningVm) {
     if let Err(error) = remove_qemu_credentials(&guest.qemu.dir.tls_folder()) {
         warn!(vm = %guest.id(), error = chain(&error), "QEMU's certificates are left over until its run is swept");
     }
+}
+
+/// Whether a guest stands still for its own reasons and not for the migration: it has powered itself off, sleeps, has
+/// panicked, or met an error. Some of these QEMU (7.2, 10.0) refuses to resume, a sleeping one it lets sleep; what is to be
+/// done about each is the VM's task's matter.
+fn rests(run_state: &RunState) -> bool {
+    matches!(
+        run_state,
+        RunState::Shutdown
+            | RunState::Suspended
+            | RunState::GuestPanicked
+            | RunState::IoError
+            | RunState::InternalError
+            | RunState::Watchdog
+    )
 }
 
 /// Resolves with the future's value, and never if there is none.

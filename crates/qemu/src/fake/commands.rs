@@ -155,7 +155,10 @@ fn check_arguments(version: Version, sent: &Sent, arguments: &Value) -> Result<(
 }
 
 fn status(vm: &Vm) -> Value {
-    let run_state = vm.state().run_state.clone();
+    let run_state = match vm.state().run_state.clone() {
+        RunState::Running if vm.faults.sleeping() => RunState::Suspended,
+        other => other,
+    };
     json!({ "status": run_state.as_wire(), "running": run_state == RunState::Running })
 }
 

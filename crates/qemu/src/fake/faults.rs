@@ -80,6 +80,11 @@ impl Faults {
         self.has("lie", point)
     }
 
+    /// Whether a guest that runs is asleep.
+    pub(super) fn sleeping(&self) -> bool {
+        self.has("sleep", "guest")
+    }
+
     /// Whether the monitor says nothing.
     pub(super) fn silent(&self) -> bool {
         self.has("silent", "qmp")

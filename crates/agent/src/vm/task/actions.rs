@@ -184,6 +184,7 @@ impl Task {
         self.reread_ownership(&running.ownership).await;
         self.state = State::Running(Box::new(Watched::new(running.qemu)));
         // What happened during the loan was not seen here.
+        self.reconcile().await;
         self.look().await;
     }
 

@@ -152,7 +152,7 @@ impl Task {
     }
 
     /// Brings the guest to what its user wants, where the agent died between noting and doing it.
-    async fn reconcile(&mut self) {
+    pub(super) async fn reconcile(&mut self) {
         let State::Running(watched) = &self.state else { return };
         if self.ownership.standing != Standing::Owned {
             return;
