@@ -17,7 +17,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep};
@@ -82,7 +82,7 @@ pub(super) struct Arrival {
     waiting: Vec<(Instant, oneshot::Sender<Handoff>)>,
     /// When the source was last heard.
     heard: Instant,
-    /// When the guest ran again: here, and by QEMU's own stamp.
+    /// When the guest ran again: by this process's clock, and QEMU's own stamp (0 if there was none).
     resumed: Option<(Instant, u64)>,
     /// The record by which this host owns the VM, once it is on the disk.
     owned: Option<Ownership>,
@@ -387,7 +387,7 @@ impl Arrival {
                     return DestinationInput::Continued;
                 }
                 (Ok(()), _) | (_, Ok(Status { running: true, .. })) => {
-                    self.resumed = Some((now, resume_stamp(&mut events)));
+                    self.resumed = Some(resumption(&mut events).unwrap_or((now, 0)));
                     return DestinationInput::Continued;
                 }
                 _ => {
@@ -495,14 +495,17 @@ async fn ended(process: Option<Process>) {
     }
 }
 
-/// QEMU's own time of the guest's resumption, microseconds since 1970; 0 if the event was missed.
-fn resume_stamp(events: &mut Events) -> u64 {
+/// When the guest ran again, by QEMU's event, which is stamped with this host's wall clock: what came after it, up to the
+/// answer to `cont`, was no pause of the guest. `None` if the event was missed.
+fn resumption(events: &mut Events) -> Option<(Instant, u64)> {
     while let Ok(Some(event)) = events.try_next() {
         if event.kind == EventKind::Resume {
-            return u64::try_from(event.at.as_micros()).unwrap_or(0);
+            let stamp = u64::try_from(event.at.as_micros()).ok()?;
+            let since = UNIX_EPOCH.checked_add(Duration::from_micros(stamp))?.elapsed().ok()?;
+            return Some((Instant::now().checked_sub(since)?, stamp));
         }
     }
-    0
+    None
 }
 
 /// Whether a process listens on any TCP port. Not asked of the port: the next QEMU that waits for a guest may have it by now.

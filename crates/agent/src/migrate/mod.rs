@@ -24,6 +24,7 @@ mod source;
 pub use recover::recover;
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -31,13 +32,14 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use whimbrel_api::agent::{
     Handoff, IncomingOffer, IncomingReport, IncomingRequest, KnockAddress, KnockConnect,
     KnockListen, OutgoingEnd, OutgoingReport, OutgoingRequest, Reach,
 };
 use whimbrel_api::error::chain;
 use whimbrel_api::migration::Stay;
+use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, Phase, VmId};
 use whimbrel_migration::handoff::{self, Destination, NotAdmitted};
 use whimbrel_pki::grant::SignedGrant;
@@ -431,8 +433,22 @@ async fn begin_departure(
     })?;
     let host = host.clone();
     let answer = report.borrow().clone();
-    tokio::spawn(async move { depart(&host, departure, first, inbox).await });
+    let vm = departure.request.vm;
+    watch_over(&host.clone(), vm, async move { depart(&host, departure, first, inbox).await });
     Ok(answer)
+}
+
+/// Lets a migration's task go on by itself. One that breaks off (a defect) takes the VM with it, and what it had written
+/// tells the next life of the agent how to go on: until then it is told.
+fn watch_over(host: &Arc<Host>, vm: VmId, work: impl Future<Output = ()> + Send + 'static) {
+    let host = host.clone();
+    tokio::spawn(async move {
+        if tokio::spawn(work).await.is_err_and(|error| error.is_panic()) {
+            error!(%vm, "the task of a migration has broken off; restart the agent: it takes the migration up again");
+            let why = "its migration has broken off; a restart of the agent takes it up again";
+            host.vms.loan_news(vm, VmState::Unknown { why: why.to_owned() }).await;
+        }
+    });
 }
 
 /// Lets the VM go, and does with it what the end says.

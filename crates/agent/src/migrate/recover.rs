@@ -19,7 +19,9 @@ use whimbrel_api::{ApiError, ErrorCode, Phase};
 use whimbrel_migration::handoff::{self, Observed, Ownership, Recovered, Standing};
 use whimbrel_qemu::machine::RunState;
 
-use super::{Incoming, IncomingState, ORDERS_MAX, Outgoing, depart, destination, source};
+use super::{
+    Incoming, IncomingState, ORDERS_MAX, Outgoing, depart, destination, source, watch_over,
+};
 use crate::host::Host;
 use crate::ledger::{MigrationRow, RunRecord, Side};
 use crate::vm::found::{Found, find_again};
@@ -94,7 +96,7 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
         .outgoing
         .insert(row.id, Outgoing { vm: row.vm, orders, report: report.clone() });
     let (host, open) = (host.clone(), open.clone());
-    tokio::spawn(async move {
+    watch_over(&host.clone(), row.vm, async move {
         let (qemu, observed) = look(&host, run.as_ref()).await;
         info!(migration = %row.id, vm = %row.vm, ?observed, "an outgoing migration is taken up again");
         if let (Recovered::Source(rules), first) = handoff::recover(&open, observed) {

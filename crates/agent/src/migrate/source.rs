@@ -58,7 +58,7 @@ const CONFIRM_SECONDS: u64 = 4;
 const CANCEL_SECONDS: u64 = 10;
 /// How often the destination hears that the source still means it, in seconds: renews the destination's lease.
 const HEARTBEAT_SECONDS: u64 = 10;
-/// Questions to the destination under way at the same time; more are not asked.
+/// Questions to the destination under way at the same time; more are not asked. Of all messages, twice as many.
 const ASKING_MAX: usize = 4;
 /// How often an attempt to resume the guest is repeated, in milliseconds.
 const RESUME_RETRY_MS: u64 = 200;
@@ -536,7 +536,9 @@ impl Departure {
                 new
             });
         }
-        if self.asking.len() >= ASKING_MAX {
+        // Unanswered questions must not keep the source from telling what it has decided.
+        let most = if message.body == Body::AskLoaded { ASKING_MAX } else { 2 * ASKING_MAX };
+        if self.asking.len() >= most {
             return;
         }
         let (peer, id) = (self.peer.clone(), self.id);
@@ -645,7 +647,10 @@ impl Departure {
         self.report.send_modify(|report| report.downtime = Some(downtime));
     }
 
-    async fn finish(self) -> Ended {
+    async fn finish(mut self) -> Ended {
+        // The destination is still to be told that it is over; nobody waits for what it says to that.
+        let mut asking = std::mem::take(&mut self.asking);
+        tokio::spawn(async move { while asking.next().await.is_some() {} });
         if let Some(guest) = &self.guest {
             if self.end != OutgoingEnd::Moved {
                 // QEMU is as it was before: the next try begins anew.

@@ -325,6 +325,52 @@ fn a_cancelled_vm_stays_and_the_next_try_moves_it() {
 }
 
 #[test]
+fn a_source_that_stays_tells_the_destination_itself() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        // The destination's QEMU does not notice that its source has gone away.
+        pair.b.faults("stall:accepted");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Switchover).await;
+            pair.client(&pair.a).cancel_outgoing(one.id).await.unwrap();
+            assert!(matches!(pair.end(&one, &pair.a).await, OutgoingEnd::Stayed { .. }));
+            // Without the controller's word, and long before the lease ends.
+            let told = eventually(async || {
+                let report = pair.client(&pair.b).incoming(one.id).await.unwrap();
+                matches!(report, IncomingReport::Refused { .. })
+            });
+            tokio::time::timeout(PATIENCE / 3, told).await.expect("the destination is told");
+        });
+        pair.assert_runs_on(vm, &a);
+        pair.assert_clean(&pair.b, &b);
+    });
+}
+
+#[test]
+fn a_migration_that_breaks_off_is_told_and_taken_up_by_the_next_agent() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            let offer = pair.prepare(&one, &pair.a, &pair.b).await.unwrap();
+            pair.a.failpoints("source.before-release=panic");
+            pair.send(&one, &pair.a, &pair.b, offer).await.unwrap();
+            eventually(async || matches!(state(&a.host, vm), VmState::Unknown { .. })).await;
+        });
+        a.kill();
+        pair.a.failpoints("");
+        let a = pair.a.live();
+        let end = pair.calls.block_on(pair.end(&one, &pair.a));
+        assert!(matches!(end, OutgoingEnd::Stayed { .. }), "{end:?}");
+        pair.settle(&one, &pair.b);
+        pair.assert_runs_on(vm, &a);
+        pair.assert_clean(&pair.b, &b);
+    });
+}
+
+#[test]
 fn whatever_fails_before_the_release_leaves_the_vm_where_it_was() {
     with_pair(|pair, a, b| {
         let vm = pair.vm_on(&a);
