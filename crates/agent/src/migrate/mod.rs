@@ -326,20 +326,23 @@ pub async fn incoming(host: &Arc<Host>, id: MigrationId) -> Result<IncomingRepor
 
 /// `DELETE /v1/incoming/{migration}`: takes down what no GO has come for, and forgets what has ended.
 pub async fn drop_incoming(host: &Arc<Host>, id: MigrationId) -> Result<IncomingReport, ApiError> {
-    let Some(mut incoming) = host.migrations.find_incoming(id) else {
+    let Some(incoming) = host.migrations.find_incoming(id) else {
         return Ok(IncomingReport::None);
     };
     let why = "the controller gave the migration up".to_owned();
-    // Fails if the task has ended, and then the report says how.
-    let _ended = incoming.orders.send(destination::Order::Abandon(why)).await;
-    let over = |report: &IncomingReport| *report != IncomingReport::Waiting;
-    let report =
-        match timeout(Duration::from_secs(ORDER_SECONDS), incoming.report.wait_for(over)).await {
-            Ok(Ok(report)) => Some(report.clone()),
-            Ok(Err(_)) | Err(_) => None,
-        };
-    // Not over in time: it is kept, and asked for again.
-    let Some(report) = report else { return Ok(IncomingReport::Waiting) };
+    // It is over when its task is: a refusal is told before it is on the disk, and an agent that is restarted in between
+    // has to find the migration.
+    let over = async {
+        // Fails if the task has ended, and then the report says how.
+        let _ended = incoming.orders.send(destination::Order::Abandon(why)).await;
+        incoming.orders.closed().await;
+    };
+    let ended = timeout(Duration::from_secs(ORDER_SECONDS), over).await;
+    let report = incoming.report.borrow().clone();
+    if ended.is_err() || report == IncomingReport::Waiting {
+        // It is kept, and asked for again.
+        return Ok(IncomingReport::Waiting);
+    }
     host.ledger.remove_migration(id, Side::Incoming).await?;
     host.migrations.open().incoming.remove(&id);
     Ok(report)

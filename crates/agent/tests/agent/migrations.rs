@@ -349,6 +349,34 @@ fn a_source_that_stays_tells_the_destination_itself() {
 }
 
 #[test]
+fn a_refusal_that_is_not_written_yet_is_not_forgotten() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.prepare(&one, &pair.a, &pair.b).await.unwrap();
+            pair.b.failpoints("ledger.persist=error");
+            let client = pair.client(&pair.b);
+            let dropping = tokio::spawn(async move { client.delete_incoming(one.id).await });
+            eventually(async || {
+                let report = pair.client(&pair.b).incoming(one.id).await.unwrap();
+                matches!(report, IncomingReport::Refused { .. })
+            })
+            .await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            assert!(!dropping.is_finished(), "it is not over");
+        });
+        b.kill();
+        pair.b.failpoints("");
+        let b = pair.b.live();
+        pair.settle(&one, &pair.b);
+        pair.assert_clean(&pair.b, &b);
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+        pair.assert_runs_on(vm, &b);
+    });
+}
+
+#[test]
 fn a_migration_that_breaks_off_is_told_and_taken_up_by_the_next_agent() {
     with_pair(|pair, a, b| {
         let vm = pair.vm_on(&a);
