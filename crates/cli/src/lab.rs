@@ -40,9 +40,26 @@ pub(crate) enum Lab {
         after_help = "Examples:\n  whimbrel lab status\n  whimbrel lab status --json | jq .hosts"
     )]
     Status(Folder),
+    Start(Start),
     Exec(Exec),
     Probe(Probe),
     Witness(Witness),
+}
+
+/// Start a host's agent, or the controller, again after it was killed
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Killing them is part of the fun: QEMUs live on, and a migration ends as it would have.
+
+Examples:
+  kill -9 $(whimbrel lab status --json | jq '.hosts[0].agent_pid')
+  whimbrel lab start host-a
+  whimbrel lab start controller")]
+pub(crate) struct Start {
+    #[command(flatten)]
+    folder: Folder,
+    /// The host, or `controller`
+    place: String,
 }
 
 #[derive(Debug, Args)]
@@ -177,12 +194,23 @@ impl Lab {
             Self::Status(Folder { dir }) => {
                 show(options, &blocking(move || Status::of(&dir)).await?)?;
             }
+            Self::Start(Start { folder: Folder { dir }, place }) => {
+                start(options, dir, place).await?
+            }
             Self::Exec(command) => return command.run().await,
             Self::Probe(command) => command.run(options).await?,
             Self::Witness(command) => command.run(options).await?,
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+async fn start(options: &Options, dir: PathBuf, place: String) -> Result<(), Failure> {
+    let started = blocking(move || {
+        whimbrel_lab::Lab::open(&dir)?.start_daemon(&place)?;
+        Status::of(&dir)
+    });
+    show(options, &started.await?)
 }
 
 impl Up {
