@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -40,7 +41,8 @@ pub struct AgentConfig {
     /// First and last port that QEMU may listen on for a stream.
     #[serde(default = "default_migration_ports")]
     pub migration_ports: (u16, u16),
-    /// The unprivileged user and group, by number, that QEMU runs as. The same on all hosts that share a storage.
+    /// The unprivileged user and group, by number, that QEMU runs as; without it, `nobody` and the group that may use
+    /// `/dev/kvm`. The user is to be the same on all hosts that share a storage.
     #[serde(default = "default_qemu_user")]
     pub qemu_user: (u32, u32),
     /// The QEMU programs; the first one is for new VMs.
@@ -119,7 +121,15 @@ fn default_migration_ports() -> (u16, u16) {
 }
 
 fn default_qemu_user() -> (u32, u32) {
-    QEMU_USER
+    let device = std::fs::metadata("/dev/kvm").ok();
+    (QEMU_USER.0, device.map_or(QEMU_USER.1, |device| qemu_group(device.mode(), device.gid())))
+}
+
+/// The group that QEMU runs as, by mode and group of `/dev/kvm`. Debian and most others give the device to a group `kvm`
+/// (0660); without it the guests would have to be translated.
+fn qemu_group(mode: u32, group: u32) -> u32 {
+    const READ_AND_WRITE: u32 = 0o060;
+    if group != 0 && mode & READ_AND_WRITE == READ_AND_WRITE { group } else { QEMU_USER.1 }
 }
 
 fn default_engines() -> Vec<PathBuf> {
@@ -246,6 +256,15 @@ mod tests {
 
     fn minimal() -> AgentConfig {
         toml::from_str("dir = '/d'\nname = 'host-a'\nlisten = '10.0.0.1:7440'").unwrap()
+    }
+
+    #[test]
+    fn qemu_is_in_the_group_that_may_use_kvm() {
+        assert_eq!(qemu_group(0o20_660, 104), 104);
+        assert_eq!(qemu_group(0o20_666, 104), 104);
+        assert_eq!(qemu_group(0o20_640, 104), QEMU_USER.1, "reading is not enough");
+        assert_eq!(qemu_group(0o20_600, 104), QEMU_USER.1);
+        assert_eq!(qemu_group(0o20_660, 0), QEMU_USER.1, "never root's group");
     }
 
     #[test]

@@ -69,7 +69,7 @@ struct Settings {
     /// First and last port for QEMU to listen on; 49152-49215 without it
     #[arg(long, value_name = "FIRST-LAST", value_parser = ports)]
     migration_ports: Option<(u16, u16)>,
-    /// The unprivileged user and group that QEMU runs as, by number; 65534:65534 without it
+    /// The unprivileged user and group that QEMU runs as, by number; nobody and the group of /dev/kvm without it
     #[arg(long, value_name = "UID:GID", value_parser = user)]
     qemu_user: Option<(u32, u32)>,
     /// A QEMU program, by its absolute path; the first one is for new VMs
