@@ -35,9 +35,11 @@ use crate::vm::{RunningVm, Spawned};
 pub async fn recover(host: &Arc<Host>) -> Result<(), ApiError> {
     let runs = host.ledger.runs().await?;
     for row in host.ledger.migrations(Side::Outgoing).await? {
-        let id = row.id;
+        let (id, vm) = (row.id, row.vm);
         if let Err(error) = outgoing(host, row, &runs).await {
             warn!(migration = %id, %error, "an outgoing migration could not be taken up again");
+            let why = format!("its migration {id} could not be taken up again: {error}");
+            host.vms.loan_news(vm, VmState::Unknown { why }).await;
         }
     }
     for row in host.ledger.migrations(Side::Incoming).await? {

@@ -101,7 +101,7 @@ pub(super) struct Departure {
     lively_at: Instant,
     /// Until when the destination may confirm that it holds the guest.
     confirm_by: Option<Instant>,
-    /// When the release was on the disk, until the operator has been told that it is unanswered.
+    /// When the release was written, or its writing failed, until the operator has been told that it is unanswered.
     released_at: Option<Instant>,
     pause: Pause,
     /// What the driver knows of the cause, if the VM stays.
@@ -339,7 +339,9 @@ impl Departure {
             }
             Order::Cancel(answer) => {
                 self.cancels.push(answer);
-                self.why.get_or_insert(Stay::Cancelled);
+                if !self.rules.is_past_release() {
+                    self.why.get_or_insert(Stay::Cancelled);
+                }
                 SourceInput::Cancel
             }
         }
@@ -501,6 +503,15 @@ impl Departure {
 
     async fn persist(&mut self, record: &Ownership) -> SourceInput {
         let releasing = matches!(record.standing, Standing::Released { .. });
+        let answer = self.write(record, releasing).await;
+        if releasing {
+            // Whether it was written or not: the guest stands still until somebody says whose it is.
+            self.released_at = Some(Instant::now());
+        }
+        answer
+    }
+
+    async fn write(&mut self, record: &Ownership, releasing: bool) -> SourceInput {
         if releasing {
             // A test that wants the agent to die or hang here says so; a failure counts as the ledger's.
             if self.host.failpoints.hit("source.before-release").await.is_err() {
@@ -513,7 +524,6 @@ impl Departure {
             Ok(()) => {
                 if releasing {
                     self.pause.released = Some(now_us());
-                    self.released_at = Some(Instant::now());
                 }
                 SourceInput::Persisted
             }

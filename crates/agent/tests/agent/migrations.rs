@@ -349,6 +349,33 @@ fn a_source_that_stays_tells_the_destination_itself() {
 }
 
 #[test]
+fn a_release_that_cannot_be_written_and_nobody_answers_is_told() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.a.failpoints("source.before-release=stall");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Switchover).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        });
+        b.kill();
+        pair.a.failpoints("source.before-release=error;ledger.persist=error");
+        pair.calls.block_on(eventually(async || {
+            matches!(state(&a.host, vm), VmState::Unresolved { .. })
+        }));
+        pair.a.failpoints("");
+        let end = pair.calls.block_on(pair.end(&one, &pair.a));
+        assert!(matches!(end, OutgoingEnd::Stayed { .. }), "{end:?}");
+        pair.assert_runs_on(vm, &a);
+        let b = pair.b.live();
+        pair.settle(&one, &pair.b);
+        pair.assert_clean(&pair.b, &b);
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+    });
+}
+
+#[test]
 fn a_refusal_that_is_not_written_yet_is_not_forgotten() {
     with_pair(|pair, a, b| {
         let vm = pair.vm_on(&a);

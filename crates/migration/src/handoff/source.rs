@@ -27,7 +27,7 @@ pub enum SourceInput {
     Fail(String),
     /// The source's QEMU has ended.
     QemuGone,
-    /// The destination has not answered for [`super::UNRESOLVED_AFTER_MS`].
+    /// The release, or its failed write, is [`super::UNRESOLVED_AFTER_MS`] ago.
     Overdue,
 }
 
@@ -288,10 +288,12 @@ impl Source {
     }
 
     fn overdue(&mut self) -> Vec<Action> {
-        if self.state != (State::InDoubt { raised: false }) {
-            return Vec::new();
+        match self.state {
+            State::InDoubt { raised: false } => self.state = State::InDoubt { raised: true },
+            // Neither our ledger nor the destination says whether the VM was given away.
+            State::Retracting => {}
+            _ => return Vec::new(),
         }
-        self.state = State::InDoubt { raised: true };
         vec![Action::RaiseUnresolved]
     }
 

@@ -176,7 +176,9 @@ fn a_failed_release_waits_for_a_newer_record_or_a_refusal() {
     assert_eq!(source.step(SourceInput::Persisted)[0], Action::ResumeGuest);
     let mut source = releasing();
     assert_eq!(source.step(SourceInput::PersistFailed), []);
+    assert_eq!(source.step(SourceInput::Overdue), [Action::RaiseUnresolved]);
     assert_eq!(source.step(source_message(&source, Body::Refused))[0], Action::ResumeGuest);
+    assert_eq!(source.step(SourceInput::Overdue), []);
 }
 
 #[test]
