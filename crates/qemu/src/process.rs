@@ -8,6 +8,8 @@
 //!
 //! Ends are seen through a pidfd, which works for processes that are not our children.
 
+mod sockets;
+
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};

@@ -12,7 +12,7 @@
 //!
 //! Not here: HTTP, the source's side, who may ask (all in [`super`]).
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -341,16 +341,16 @@ impl Arrival {
     }
 
     /// QEMU closes its listener itself once the stream is complete; a port that is still open would let a second stream in.
+    /// Not asked of the port: the next QEMU that waits for a guest may have it by now.
     ///
     /// A QEMU that has died, of which nobody has heard yet, is no owner's: after the next step it would take the VM with it,
     /// while a refusal still lets the source resume.
     fn close_listeners(&self) -> DestinationInput {
         let Some(target) = &self.target else { return DestinationInput::CloseFailed };
-        let process = target.process.identity();
-        if has_ended(process) {
+        if has_ended(target.process.identity()) {
             return DestinationInput::CloseFailed;
         }
-        match listens(process.pid) {
+        match target.process.listens() {
             Ok(false) => DestinationInput::ListenersClosed,
             Ok(true) => {
                 warn!(migration = %self.id, "QEMU still listens although the guest is here");
@@ -506,48 +506,4 @@ fn resumption(events: &mut Events) -> Option<(Instant, u64)> {
         }
     }
     None
-}
-
-/// Whether a process listens on any TCP port. Not asked of the port: the next QEMU that waits for a guest may have it by now.
-///
-/// Linux: `/proc/PID/fd` names the process's sockets by inode; in `/proc/PID/net/tcp`, which has all of its network
-/// namespace, the fourth column is the state, 0A being LISTEN, and the tenth the inode.
-fn listens(pid: u32) -> std::io::Result<bool> {
-    let mut sockets = HashSet::new();
-    for descriptor in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
-        // One that was closed meanwhile does not listen.
-        let Ok(target) = std::fs::read_link(descriptor?.path()) else { continue };
-        let inode =
-            target.to_str().and_then(|name| name.strip_prefix("socket:[")?.strip_suffix(']'));
-        sockets.extend(inode.map(str::to_owned));
-    }
-    let on = |table: String| {
-        table.lines().skip(1).any(|line| {
-            let mut columns = line.split_ascii_whitespace();
-            columns.nth(3) == Some("0A")
-                && columns.nth(5).is_some_and(|inode| sockets.contains(inode))
-        })
-    };
-    let v4 = on(std::fs::read_to_string(format!("/proc/{pid}/net/tcp"))?);
-    let v6 = std::fs::read_to_string(format!("/proc/{pid}/net/tcp6")).is_ok_and(on);
-    Ok(v4 || v6)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::TcpListener;
-    use std::process::{Command, Stdio};
-
-    use super::*;
-
-    #[test]
-    fn a_listener_is_its_own_process_alone() {
-        let _v4 = TcpListener::bind("127.0.0.1:0").unwrap();
-        assert!(listens(std::process::id()).unwrap());
-        let mut other = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
-        assert!(!listens(other.id()).unwrap());
-        drop(other.stdin.take());
-        other.wait().unwrap();
-        assert!(listens(other.id()).is_err(), "nobody knows of a process that is gone");
-    }
 }

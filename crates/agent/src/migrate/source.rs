@@ -20,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Interval, MissedTickBehavior, interval, sleep};
+use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{debug, error, warn};
 use whimbrel_api::agent::{Handoff, OutgoingEnd, OutgoingReport, OutgoingRequest, Resumed};
 use whimbrel_api::client::AgentClient;
@@ -54,8 +54,12 @@ use crate::vm::RunningVm;
 const SWITCHOVER_SECONDS: u64 = 4;
 /// How long the destination may take, in seconds, to say that it has loaded what QEMU has sent.
 const CONFIRM_SECONDS: u64 = 4;
+/// How long the connection to the destination may take, in seconds: in its handshake the guest may stand still.
+const CONNECT_SECONDS: u64 = 6;
 /// How long QEMU may take to give up a migration, in seconds.
 const CANCEL_SECONDS: u64 = 10;
+/// How long it may take to do so by itself, in milliseconds, before its connection is cut.
+const CANCEL_ALONE_MS: u64 = 700;
 /// How often the destination hears that the source still means it, in seconds: renews the destination's lease.
 const HEARTBEAT_SECONDS: u64 = 10;
 /// Questions to the destination under way at the same time; more are not asked. Of all messages, twice as many.
@@ -137,12 +141,16 @@ async fn copy(
     let precopy = |error| (Phase::Precopy, error);
     enter(&report, Phase::Precopy);
     let mut outgoing = Outgoing::start(&machine, &settings).await.map_err(precopy)?;
+    outgoing.wait_connected(Duration::from_secs(CONNECT_SECONDS)).await.map_err(precopy)?;
     outgoing.wait_pre_switchover(&statistics).await.map_err(precopy)?;
 
     // The guest stands still. Disks that travel too will be concluded here, before QEMU may go on.
     enter(&report, Phase::Switchover);
     let limit = switchover_limit(&settings);
-    outgoing.continue_to_completed(limit).await.map_err(|error| (Phase::Switchover, error))
+    let completed = timeout(limit, outgoing.continue_to_completed(limit)).await;
+    // A QEMU that cannot write to its destination answers nothing, and looks at no limit.
+    let late = OutgoingError::TookTooLong { what: "the last stage", after: limit };
+    completed.unwrap_or(Err(late)).map_err(|error| (Phase::Switchover, error))
 }
 
 /// What the last pass may take: the pause that was asked for, several times over, and never less than
@@ -376,9 +384,12 @@ impl Departure {
                 self.why.get_or_insert(Stay::GuestPoweredOff);
                 Some(SourceInput::Fail("the guest powered itself off".to_owned()))
             }
-            // The guest stands still: the destination can be asked while QEMU sends the rest.
+            // The guest stands still: the destination can be asked while QEMU sends the rest. A question that is open already
+            // is answered as well, and a second one at this moment would have to make a connection of its own first.
             EventKind::Stop => {
-                self.ask_loaded();
+                if self.asking.is_empty() {
+                    self.ask_loaded();
+                }
                 None
             }
             _ => None,
@@ -571,10 +582,18 @@ impl Departure {
     async fn stop_copy(&mut self) {
         self.copying = None;
         let Some(guest) = &self.guest else { return };
-        let machine = &guest.qemu.machine;
-        let cancelled =
-            Outgoing::reattach(machine).cancel(Duration::from_secs(CANCEL_SECONDS)).await;
-        if let Err(error) = cancelled {
+        let (machine, process) = (&guest.qemu.machine, &guest.qemu.process);
+        let within = Duration::from_secs(CANCEL_SECONDS);
+        let alone = Duration::from_millis(CANCEL_ALONE_MS);
+        if let Ok(Ok(_)) = timeout(alone, Outgoing::reattach(machine).cancel(within)).await {
+            return;
+        }
+        // It waits for a destination that does not answer, perhaps so that it hears nobody.
+        match process.cut(self.settings.to.port()) {
+            Ok(cut) => warn!(migration = %self.id, cut, "QEMU's connection was cut"),
+            Err(error) => warn!(migration = %self.id, %error, "QEMU's connection cannot be cut"),
+        }
+        if let Err(error) = Outgoing::reattach(machine).cancel(within).await {
             warn!(migration = %self.id, error = chain(&error), "QEMU did not confirm the cancel");
         }
     }

@@ -234,6 +234,27 @@ fn a_paused_vm_arrives_paused() {
 }
 
 #[test]
+fn a_destination_that_is_silent_in_the_handshake_does_not_hold_the_guest() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            let mut offer = pair.prepare(&one, &pair.a, &pair.b).await.unwrap();
+            // As if the QEMU there had been stopped: the kernel still lets clients connect.
+            let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            offer.address = silent.local_addr().unwrap();
+            pair.send(&one, &pair.a, &pair.b, offer).await.unwrap();
+            let ended = tokio::time::timeout(PATIENCE / 3, pair.end(&one, &pair.a)).await;
+            assert!(matches!(ended.unwrap(), OutgoingEnd::Stayed { .. }));
+        });
+        pair.settle(&one, &pair.b);
+        pair.assert_runs_on(vm, &a);
+        pair.assert_clean(&pair.b, &b);
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+    });
+}
+
+#[test]
 fn a_sleeping_guest_is_left_to_sleep_when_it_stays() {
     with_pair(|pair, a, b| {
         let vm = pair.vm_on(&a);

@@ -238,6 +238,24 @@ impl Outgoing {
         Statistics::query(self.machine.qmp()).await.map_err(OutgoingError::Query)
     }
 
+    /// Waits until the connection stands, its TLS handshake included. A destination that hangs
+    /// there stops QEMU, and its guest with it, for as long as it likes: after a failure the caller
+    /// ends that by [`crate::process::Process::cut`].
+    ///
+    /// # Errors
+    ///
+    /// [`OutgoingError::TookTooLong`], `Query`.
+    pub async fn wait_connected(&mut self, within: Duration) -> Result<(), OutgoingError> {
+        let connected = async {
+            while self.statistics().await?.status == MigrationStatus::Setup {
+                self.wait_status_change(Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS)).await;
+            }
+            Ok(())
+        };
+        let late = OutgoingError::TookTooLong { what: "the connection", after: within };
+        tokio::time::timeout(within, connected).await.unwrap_or(Err(late))
+    }
+
     /// Waits until the guest is stopped at pre-switchover (or is further already, which a restarted
     /// agent may find), telling the progress on the way. Takes as long as the copying does: the
     /// caller bounds it. Cancellation safe.

@@ -51,6 +51,27 @@ async fn a_guest_moves_between_the_named_hosts_with_one_and_more_connections() {
     }
 }
 
+#[tokio::test]
+async fn a_destination_that_is_silent_in_the_handshake_is_cut_off() {
+    for (from, onto) in pairs() {
+        let lab = Lab::new();
+        let dirs = lab.tls(["host-a", "host-b", "host-c"]);
+        let source = lab.start_running(&from, "source").await;
+        // Nobody accepts; the kernel lets clients connect all the same.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = silent.local_addr().unwrap();
+        let settings = to(address, client(&dirs[0], "host-b.qemu.whimbrel"));
+        let mut outgoing = Outgoing::start(&source.machine, &settings).await.unwrap();
+        let error = outgoing.wait_connected(Duration::from_millis(500)).await.unwrap_err();
+        assert!(matches!(error, OutgoingError::TookTooLong { .. }), "{error:?}");
+        assert_eq!(source.process.cut(address.port()).unwrap(), 1);
+        soon(outgoing.cancel(Duration::from_secs(20))).await.unwrap();
+        source.reaches(&RunState::Running).await;
+        outgoing::reset(&source.machine).await.unwrap();
+        succeeds(&lab, &source, &onto, &dirs, "destination").await;
+    }
+}
+
 /// To whatever point the migration gets, it must not complete.
 async fn refused(source: &Guest, settings: &whimbrel_qemu::migrate::outgoing::OutgoingSettings) {
     let mut outgoing = Outgoing::start(&source.machine, settings).await.unwrap();
