@@ -13,6 +13,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -29,6 +30,10 @@ use crate::{image, pool};
 
 /// How long a process that was killed may take to be gone.
 const END_MAX: Duration = Duration::from_secs(20);
+/// How long a lab that is locked is waited for: the copies of a killed command's lock are gone by then.
+const LOCK_MAX: Duration = Duration::from_secs(1);
+/// How long between two tries.
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// A lab that is up.
 #[derive(Clone, Debug)]
@@ -361,14 +366,23 @@ fn prepare_folder(folder: &Folder) -> Result<File, LabError> {
     lock(folder)
 }
 
-/// The lock is the kernel's, so a killed command never leaves it behind.
+/// The lock is the kernel's, so a killed command never leaves it behind, at least not for long: a child that it was just
+/// starting has a copy of it until it runs its program.
 fn lock(folder: &Folder) -> Result<File, LabError> {
     let path = folder.lock();
     let file = File::create(&path).map_err(LabError::file("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(LabError::Busy { dir: folder.0.clone() }),
-        Err(fs::TryLockError::Error(source)) => Err(LabError::file("lock", path)(source)),
+    let by = Instant::now() + LOCK_MAX;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < by => thread::sleep(LOCK_PAUSE),
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(LabError::Busy { dir: folder.0.clone() });
+            }
+            Err(fs::TryLockError::Error(source)) => {
+                return Err(LabError::file("lock", path)(source));
+            }
+        }
     }
 }
 
