@@ -466,15 +466,13 @@ async fn depart(
     let report = departure.report.clone();
     let source::Ended { guest, end } = departure.run(first, inbox).await;
     bring_home(host, vm, guest, &end).await;
-    report.send_modify(|report| {
-        report.relay = None;
-        report.end = end;
-    });
-    let ended = report.borrow().clone();
+    let ended = OutgoingReport { relay: None, end, ..report.borrow().clone() };
     info!(migration = %id, %vm, end = ?ended.end, "the migration has ended here");
+    // Written before it is told: whoever hears it may ask at once for the row to be removed.
     if let Err(error) = remember_outgoing(host, id, &request, Some(&ended)).await {
         warn!(migration = %id, error = chain(&error), "the end is only in memory: the ledger could not be written");
     }
+    report.send_replace(ended);
 }
 
 /// Gives the VM back to its task, or lets the host forget it.
