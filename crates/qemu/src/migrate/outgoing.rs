@@ -31,7 +31,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -56,6 +56,9 @@ const UNLIMITED_BYTES_PER_SECOND: u64 = 1 << 40;
 
 /// QEMU's own default for the downtime, in milliseconds.
 pub const DEFAULT_MAX_DOWNTIME_MS: u64 = 300;
+
+/// The pause that is aimed at first, in milliseconds; see [`Aim`].
+const FIRST_AIM_MS: u64 = 1;
 
 /// How a source sends its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +90,8 @@ pub struct Outgoing {
     machine: Machine,
     events: Events,
     stopped_at: Option<Timestamp>,
+    /// `None` for a migration that was taken up: it keeps the aim that it has.
+    aim: Option<Aim>,
 }
 
 /// The source after the whole guest has left: stopped, `postmigrate` (a moment later).
@@ -157,6 +162,33 @@ pub enum Cancelled {
     AlreadyCompleted,
 }
 
+/// The pause that QEMU is told to aim at (`downtime-limit`).
+///
+/// QEMU stops the guest as soon as it guesses that what is left can be sent within its limit: with 300 ms and a fast link
+/// that is 100 MB of memory which an idle guest would have left in peace until it was sent. So the aim is short at first,
+/// and doubles as long as further passes over the memory do not get there, up to what was asked for: a guest that writes
+/// much is stopped when it would have been anyway, some short passes later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Aim {
+    now_ms: u64,
+    most_ms: u64,
+    /// The passes that had begun when the aim was last looked at.
+    passes: u64,
+}
+
+impl Aim {
+    fn first(most_ms: u64) -> Self {
+        // The first pass sends everything, and says nothing of the guest.
+        Self { now_ms: most_ms.min(FIRST_AIM_MS), most_ms, passes: 1 }
+    }
+
+    /// The aim when so many passes have begun: longer if there was a further one.
+    fn after(self, passes: u64) -> Self {
+        let now_ms = if passes > self.passes { self.now_ms * 2 } else { self.now_ms };
+        Self { now_ms: now_ms.min(self.most_ms), passes: passes.max(self.passes), ..self }
+    }
+}
+
 /// Where a migration stands, as far as the steps here are concerned.
 enum Standing {
     Copying,
@@ -205,13 +237,14 @@ impl Outgoing {
             limit => limit,
         };
         parameters.insert("max-bandwidth".to_owned(), json!(bandwidth));
-        parameters.insert("downtime-limit".to_owned(), json!(settings.max_downtime_ms));
+        let aim = Aim::first(settings.max_downtime_ms);
+        parameters.insert("downtime-limit".to_owned(), json!(aim.now_ms));
         if let Some(channels) = settings.multifd_channels {
             parameters.insert("multifd-channels".to_owned(), json!(channels));
         }
         set_parameters(machine, parameters).await.map_err(step("parameters"))?;
 
-        let outgoing = Self::reattach(machine);
+        let outgoing = Self { aim: Some(aim), ..Self::reattach(machine) };
         let uri = json!({ "uri": format!("tcp:{}", settings.to) });
         machine.order("migrate", uri).await.map_err(step("the beginning itself"))?;
         Ok(outgoing)
@@ -220,7 +253,7 @@ impl Outgoing {
     /// Takes up a migration that was begun before the agent was restarted.
     #[must_use]
     pub fn reattach(machine: &Machine) -> Self {
-        Self { machine: machine.clone(), events: machine.events(), stopped_at: None }
+        Self { machine: machine.clone(), events: machine.events(), stopped_at: None, aim: None }
     }
 
     /// When the vCPUs stopped, if they have and the event was seen.
@@ -267,16 +300,37 @@ impl Outgoing {
     pub async fn wait_pre_switchover(
         &mut self,
         progress: &watch::Sender<Statistics>,
-    ) -> Result<Statistics, OutgoingError> {
+    ) -> Result<(), OutgoingError> {
+        let pause = Duration::from_millis(PROGRESS_MILLISECONDS);
         loop {
             let statistics = self.statistics().await?;
             progress.send_replace(statistics.clone());
             if !matches!(self.standing(&statistics).await?, Standing::Copying) {
                 self.note_events();
-                return Ok(statistics);
+                return Ok(());
             }
-            self.wait_status_change(Duration::from_millis(PROGRESS_MILLISECONDS)).await;
+            self.adjust_aim(statistics.ram.dirty_sync_count.unwrap_or(0)).await;
+            // The guest stands still: nothing is asked that the event has told.
+            if self.wait_status_change(pause).await == Some(MigrationStatus::PreSwitchover) {
+                return Ok(());
+            }
         }
+    }
+
+    /// Tells QEMU a longer pause if a further pass over the memory has begun. Where it does not hear that, it is told at the
+    /// next look; why, the next question tells.
+    async fn adjust_aim(&mut self, passes: u64) {
+        let Some(aim) = self.aim else { return };
+        let next = aim.after(passes);
+        let mut parameters = Map::new();
+        parameters.insert("downtime-limit".to_owned(), json!(next.now_ms));
+        if next.now_ms != aim.now_ms
+            && let Err(error) = set_parameters(&self.machine, parameters).await
+        {
+            tracing::debug!(%error, "QEMU did not take a longer pause");
+            return;
+        }
+        self.aim = Some(next);
     }
 
     /// Lets QEMU send the rest, and waits until it says that all has arrived. From pre-switchover,
@@ -294,37 +348,50 @@ impl Outgoing {
         within: Duration,
     ) -> Result<Completed, OutgoingError> {
         let until = Instant::now() + within;
-        let mut told = false;
+        let pause = Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS);
+        // Told without being asked where it stands: every question lengthens the guest's pause.
+        let mut told = self.tell_to_continue().await?;
         loop {
+            let news = self.wait_status_change(pause).await;
+            if Instant::now() >= until {
+                return Err(OutgoingError::TookTooLong { what: "the last stage", after: within });
+            }
+            // A question now would wait for the same lock as the thread that sends the rest.
+            if told && news == Some(MigrationStatus::Device) {
+                continue;
+            }
             let statistics = self.statistics().await?;
             match self.standing(&statistics).await? {
                 Standing::Completed => {
                     self.note_events();
+                    let statistics = self.final_figures(statistics).await;
                     return Ok(Completed { statistics, stopped_at: self.stopped_at });
                 }
-                Standing::PreSwitchover if !told => {
-                    told = true;
-                    self.tell_to_continue().await?;
-                    continue;
-                }
+                Standing::PreSwitchover if !told => told = self.tell_to_continue().await?,
                 Standing::Copying | Standing::PreSwitchover | Standing::Finishing => {}
             }
-            if Instant::now() >= until {
-                return Err(OutgoingError::TookTooLong { what: "the last stage", after: within });
-            }
-            self.wait_status_change(Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS)).await;
         }
     }
 
-    async fn tell_to_continue(&self) -> Result<(), OutgoingError> {
+    /// The figures with the total time, which 7.2 sums up a moment after it has said `completed`.
+    async fn final_figures(&self, at_completed: Statistics) -> Statistics {
+        match at_completed.total_time_ms {
+            None | Some(0) => self.statistics().await.unwrap_or(at_completed),
+            Some(_) => at_completed,
+        }
+    }
+
+    /// Whether QEMU goes on from pre-switchover; it refuses at any other state.
+    async fn tell_to_continue(&self) -> Result<bool, OutgoingError> {
         let state = json!({ "state": "pre-switchover" });
         match self.machine.order("migrate-continue", state).await {
-            // The state changed meanwhile; the next question tells to what.
+            Ok(()) => Ok(true),
+            // The next question tells which state it is.
             Err(error) if error.is_refusal() => {
                 tracing::debug!(%error, "migrate-continue came at another state");
-                Ok(())
+                Ok(false)
             }
-            other => other.map_err(OutgoingError::Query),
+            Err(error) => Err(OutgoingError::Query(error)),
         }
     }
 
@@ -392,16 +459,15 @@ impl Outgoing {
         }
     }
 
-    /// Waits for a change of the status, or until it is time to ask anyway.
-    async fn wait_status_change(&mut self, at_most: Duration) {
+    /// Waits for a change of the status, and says to which; `None` when it is time to ask anyway.
+    async fn wait_status_change(&mut self, at_most: Duration) -> Option<MigrationStatus> {
         let until = Instant::now() + at_most;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let Some(event) = next_change(&mut self.events, left).await else { return };
-            let is_status = matches!(event.kind, EventKind::Migration { .. });
+            let event = next_change(&mut self.events, left).await?;
             self.note(&event.kind, event.at);
-            if is_status {
-                return;
+            if let EventKind::Migration { status } = event.kind {
+                return Some(status);
             }
         }
     }
@@ -453,4 +519,27 @@ pub async fn reset(machine: &Machine) -> Result<(), OutgoingError> {
     set_capabilities(machine, &off).await.map_err(step("capabilities of the last try"))?;
     set_parameters(machine, tls::none()).await.map_err(step("parameters of the last try"))?;
     tls::remove(machine).await.map_err(step("TLS credentials of the last try"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_aim_grows_with_the_passes_and_not_beyond_what_was_asked_for() {
+        let aims = |most_ms, passes: &[u64]| {
+            let mut aim = Aim::first(most_ms);
+            let mut aims = vec![aim.now_ms];
+            aims.extend(passes.iter().map(|passes| {
+                aim = aim.after(*passes);
+                aim.now_ms
+            }));
+            aims
+        };
+        let passes = [0, 1, 1, 2, 2, 5, 6, 7, 8, 9, 10];
+        assert_eq!(aims(300, &passes), [1, 1, 1, 1, 2, 2, 4, 8, 16, 32, 64, 128]);
+        assert_eq!(aims(3, &[2, 3, 4]), [1, 2, 3, 3]);
+        assert_eq!(aims(1, &[2, 3]), [1, 1, 1]);
+        assert_eq!(aims(0, &[2]), [0, 0]);
+    }
 }
