@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::yield_now;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep};
 use tracing::{debug, error, info, warn};
 use whimbrel_api::agent::{Handoff, IncomingOffer, IncomingReport, IncomingRequest, Resumed};
@@ -253,6 +254,8 @@ impl Arrival {
             Action::StartTarget => self.start_target().await,
             Action::Send(message) => {
                 self.send(message);
+                // Whoever carries the answer to the network goes first: what follows here touches files.
+                yield_now().await;
                 None
             }
             Action::CloseListeners => Some(self.close_listeners()),

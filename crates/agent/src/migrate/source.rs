@@ -103,6 +103,8 @@ pub(super) struct Departure {
     cancels: Vec<oneshot::Sender<bool>>,
     /// When the destination last answered anything, or took more of the guest.
     lively_at: Instant,
+    /// A question is open whose answer will tell that the destination holds the guest.
+    answer_due: bool,
     /// Until when the destination may confirm that it holds the guest.
     confirm_by: Option<Instant>,
     /// When the release was written, or its writing failed, until the operator has been told that it is unanswered.
@@ -266,6 +268,7 @@ impl Departure {
             statistics: watch::Sender::new(Statistics::default()),
             copying: None,
             asking: FuturesUnordered::new(),
+            answer_due: false,
             cancels: Vec::new(),
             lively_at: Instant::now(),
             confirm_by: None,
@@ -363,6 +366,7 @@ impl Departure {
                     completed.stopped_at.and_then(|at| u64::try_from(at.as_micros()).ok());
                 self.pause.completed = Some(now_us());
                 self.confirm_by = Some(Instant::now() + Duration::from_secs(CONFIRM_SECONDS));
+                self.answer_due = !self.asking.is_empty();
                 let last = progress(&completed.statistics, &self.request);
                 self.report.send_modify(|report| report.progress = Some(last));
                 SourceInput::Completed
@@ -548,6 +552,10 @@ impl Departure {
     /// Asks the destination, and lets [`Self::listen`] hear the answer. An answer that does not come is not missed: the
     /// rules ask again at the next tick.
     fn send(&mut self, message: Message) {
+        if message.body == Body::AskLoaded && std::mem::take(&mut self.answer_due) {
+            // One more question would only hold the connection at the moment when GO needs it.
+            return;
+        }
         let handoff = Handoff { ticket: self.request.offer.ticket.clone(), message, resumed: None };
         if matches!(message.body, Body::Go { .. }) {
             let relay = Some(handoff.clone());
