@@ -44,6 +44,8 @@ use page::{Page, failed};
 
 /// How long the page waits, in milliseconds, before it asks a host again that has not answered.
 const ASK_AGAIN_MS: u64 = 500;
+/// How often the destination is asked again to prepare when its answer is lost.
+const PREPARE_AGAIN_MAX: u32 = 3;
 /// How long the source may be without an answer from the destination, in milliseconds, before the controller carries the
 /// message.
 const RELAY_AFTER_MS: u64 = 1_000;
@@ -123,11 +125,15 @@ async fn whereabouts(page: &mut Page) -> Whereabouts {
     if page.record.phase < Phase::Precopy {
         return Whereabouts::NotAsked;
     }
-    let silence = Silence::begin();
+    let mut silence = Silence::begin();
     loop {
         let asked = page.source.outgoing(page.record.id).await;
         let settled = match asked {
-            Ok(report) => watch(page, report).await,
+            Ok(report) => {
+                let settled = watch(page, report).await;
+                silence = Silence::begin();
+                settled
+            }
             // A source that has forgotten the migration was never asked, or has seen its end; the destination knows which.
             Err(error) if error.code == ErrorCode::NotFound => {
                 match page.destination.incoming(page.record.id).await {
@@ -199,7 +205,7 @@ async fn prepare(page: &mut Page) -> Result<IncomingOffer, Stay> {
         grant: page.grant()?,
     };
     let (agent, id) = (page.destination.clone(), page.record.id);
-    let mut tries_left: u32 = 3;
+    let mut tries_left = PREPARE_AGAIN_MAX;
     loop {
         let asked = agent.put_incoming(id, &request);
         match page.unless_cancelled(asked).await? {
