@@ -8,18 +8,12 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use whimbrel_migration::downtime::Downtime;
 use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
+pub use whimbrel_migration::options::{
+    AutoConverge, Compression, CompressionMethod, MigrateOptions, Mode, OptionProblem, Postcopy,
+    ProblemCode, Timeout, TimeoutAction, limits,
+};
 use whimbrel_migration::phase::Phase;
 use whimbrel_migration::preflight::Verdict;
-
-/// Bounds of the options.
-pub mod limits {
-    /// QEMU's own upper bound of `downtime-limit`, in milliseconds.
-    pub const MAX_DOWNTIME_MAX_MS: u64 = 2_000_000;
-    /// Least bandwidth that may be asked for, in bytes a second; below it no guest ever arrives.
-    pub const BANDWIDTH_MIN_BYTES_PER_S: u64 = 64 << 10;
-    /// Most bandwidth that may be asked for, in bytes a second (QEMU takes a signed 64-bit number).
-    pub const BANDWIDTH_MAX_BYTES_PER_S: u64 = 1 << 50;
-}
 
 /// Asks for a migration. The id is the client's, so that a retry is the same request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -34,18 +28,6 @@ pub struct MigrateRequest {
     /// How.
     #[serde(default)]
     pub options: MigrateOptions,
-}
-
-/// How to migrate. Everything has a default.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct MigrateOptions {
-    /// How long the guest may pause for the last pass, in milliseconds; QEMU's default of 300 without it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_downtime_ms: Option<u64>,
-    /// Most bytes a second for the stream; unlimited without it (QEMU's own default of 128 MiB/s is slow).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bandwidth_bytes_per_s: Option<u64>,
 }
 
 /// How far a migration is, or how it ended.

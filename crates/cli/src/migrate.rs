@@ -71,6 +71,7 @@ impl Migrate {
             options: MigrateOptions {
                 max_downtime_ms: self.max_downtime,
                 bandwidth_bytes_per_s: self.bandwidth,
+                ..MigrateOptions::default()
             },
         };
         let admitted = admit(&pool, &request, &mut interrupts).await?;

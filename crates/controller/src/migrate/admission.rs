@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use whimbrel_api::agent::{HostReport, KnockConnect, KnockListen, Mobility, Reach as Knocked};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::migration::{
-    MigrateOptions, MigrateRequest, Migration, MigrationState, PhaseStart, limits,
+    MigrateOptions, MigrateRequest, Migration, MigrationState, PhaseStart, ProblemCode,
 };
 use whimbrel_api::vm::{Boot, VmDefinition, VmState};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, Name, Phase, Verdict};
@@ -48,6 +48,7 @@ pub async fn admit(
     );
     let question = Question {
         vm: vm_facts(&mobility)?,
+        mode: request.options.mode,
         source: row.host.clone(),
         destination: host_facts(&host, member.is_enabled())?,
         shared_storages,
@@ -81,23 +82,14 @@ fn same_request(record: Migration, request: &MigrateRequest) -> Result<Migration
 }
 
 fn check_options(options: &MigrateOptions) -> Result<(), ApiError> {
-    let out_of_range = |what: &str, value: u64, least: u64, most: u64| {
-        let message = format!("{what} is {value}; it can be {least} to {most}");
-        Err(ApiError::new(ErrorCode::OutOfRange, message))
-    };
-    match options.max_downtime_ms {
-        Some(ms) if ms == 0 || ms > limits::MAX_DOWNTIME_MAX_MS => {
-            return out_of_range("max_downtime_ms", ms, 1, limits::MAX_DOWNTIME_MAX_MS);
-        }
-        _ => {}
+    let problems = options.validate();
+    if problems.is_empty() {
+        return Ok(());
     }
-    let (least, most) = (limits::BANDWIDTH_MIN_BYTES_PER_S, limits::BANDWIDTH_MAX_BYTES_PER_S);
-    match options.bandwidth_bytes_per_s {
-        Some(rate) if rate < least || rate > most => {
-            out_of_range("bandwidth_bytes_per_s", rate, least, most)
-        }
-        _ => Ok(()),
-    }
+    let only_numbers = problems.iter().all(|problem| problem.code == ProblemCode::OutOfRange);
+    let code = if only_numbers { ErrorCode::OutOfRange } else { ErrorCode::BadRequest };
+    let sentences: Vec<String> = problems.into_iter().map(|problem| problem.sentence).collect();
+    Err(ApiError::new(code, sentences.join("; ")))
 }
 
 fn refusal(row: &VmRow, destination: &Name, verdicts: Vec<Verdict>) -> ApiError {

@@ -11,12 +11,16 @@ use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::names::{MigrationId, Name};
+use crate::options::Mode;
 
 /// All that preflight looks at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Question {
     /// The VM to move.
     pub vm: VmFacts,
+    /// Which way it shall go.
+    #[serde(default)]
+    pub mode: Mode,
     /// The host on which it is.
     pub source: Name,
     /// The host to which it shall go.

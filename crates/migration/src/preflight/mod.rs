@@ -4,9 +4,12 @@
 //! that never changes, a sentence that says what is the matter with names and numbers, and one that
 //! says what to do. The controller calls it at admission, and refuses if any verdict does. What can
 //! only be known by trying (does QEMU start there, does the incoming port open) is not here.
+//! Whether the options fit together and to both engines is told by [`combinations`].
 
+pub mod combinations;
 mod facts;
 
+pub use combinations::EngineAbilities;
 pub use facts::{
     Accelerator, EngineFacts, EngineVersion, FileFacts, GuestState, HostFacts, NicFacts, NoVersion,
     Question, Reach, UnmovableDevice, VmFacts,
@@ -19,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::names::Name;
+use crate::options::Mode;
 
 /// Memory that a QEMU is reckoned to need beside its guest's, in bytes.
 pub const ENGINE_OVERHEAD_BYTES: u64 = 128 * 1024 * 1024;
@@ -113,6 +117,30 @@ codes! {
     TlsFailed = "tls-failed",
     /// Whether the source reaches the destination was not tried.
     AddressNotProbed = "address-not-probed",
+    /// Only a stopped VM can be moved offline.
+    VmNotStopped = "vm-not-stopped",
+    /// An option says nothing in the mode that was asked for.
+    OptionUnfit = "option-unfit",
+    /// The policy forbids what an option asks for.
+    PolicyForbids = "policy-forbids",
+    /// One of the two QEMUs lacks what an option needs.
+    EngineFeature = "engine-feature",
+    /// xbzrle on parallel connections.
+    XbzrleMultifd = "xbzrle-multifd",
+    /// Zero-copy without parallel connections.
+    ZerocopyAlone = "zerocopy-alone",
+    /// Zero-copy with TLS.
+    ZerocopyTls = "zerocopy-tls",
+    /// Zero-copy with compression.
+    ZerocopyCompression = "zerocopy-compression",
+    /// Post-copy on parallel connections, with a QEMU that cannot do both.
+    PostcopyMultifd = "postcopy-multifd",
+    /// The destination host cannot receive by post-copy.
+    PostcopyObstacle = "postcopy-obstacle",
+    /// Post-copy between host pages of different size.
+    PostcopyPageSize = "postcopy-page-size",
+    /// What is at stake in post-copy.
+    PostcopyRisk = "postcopy-risk",
 }
 
 impl fmt::Display for Code {
@@ -138,14 +166,18 @@ pub fn refuses(verdicts: &[Verdict]) -> bool {
 /// Everything that stands in the way of the move, or is worth knowing; empty if nothing.
 ///
 /// A VM that would stay on its own host is told only that and what concerns the VM itself: the rest
-/// would be noise.
+/// would be noise. Of a VM that moves offline only its definition is looked at: it needs no memory, no
+/// stream, and nothing that its guest has seen.
 #[must_use]
 pub fn check(question: &Question) -> Vec<Verdict> {
-    let Question { vm, source, destination, shared_storages, reach } = question;
+    let Question { vm, mode, source, destination, shared_storages, reach } = question;
+    let live = *mode != Mode::Offline;
     let mut verdicts = Vec::new();
-    verdicts.extend(vm_state(vm));
+    verdicts.extend(vm_state(vm, live));
     verdicts.extend(already_migrating(vm));
-    verdicts.extend(devices(vm));
+    if live {
+        verdicts.extend(devices(vm));
+    }
     if *source == destination.name {
         verdicts.push(refuse(
             Code::SameHost,
@@ -155,12 +187,16 @@ pub fn check(question: &Question) -> Vec<Verdict> {
         return verdicts;
     }
     verdicts.extend(disabled(destination));
-    verdicts.extend(engine(vm, destination));
-    verdicts.extend(cpu_features(vm, destination));
-    verdicts.extend(memory(vm, destination));
+    verdicts.extend(engine(vm, destination, live));
+    if live {
+        verdicts.extend(cpu_features(vm, destination));
+        verdicts.extend(memory(vm, destination));
+    }
     verdicts.extend(networks(vm, destination));
     verdicts.extend(files(vm, source, destination, shared_storages));
-    verdicts.extend(reachability(source, &destination.name, reach));
+    if live {
+        verdicts.extend(reachability(source, &destination.name, reach));
+    }
     verdicts
 }
 
@@ -175,16 +211,20 @@ pub fn choose_engine<'a>(vm: &VmFacts, destination: &'a HostFacts) -> Option<&'a
         .max_by_key(|engine| engine.version)
 }
 
-fn vm_state(vm: &VmFacts) -> Option<Verdict> {
+fn vm_state(vm: &VmFacts, live: bool) -> Option<Verdict> {
     match vm.state {
         GuestState::Running | GuestState::Paused => None,
+        GuestState::Stopped | GuestState::Crashed if !live => None,
         GuestState::Stopped | GuestState::Crashed => Some(refuse(
             Code::VmNotRunning,
             format!(
                 "VM {} is {}; only a running or paused VM can be moved live.",
                 vm.name, vm.state
             ),
-            format!("Start it with `whimbrel vm start {}`, then migrate it.", vm.name),
+            format!(
+                "Start it with `whimbrel vm start {}`, then migrate it; or move it stopped with --offline.",
+                vm.name
+            ),
         )),
     }
 }
@@ -223,10 +263,17 @@ fn disabled(destination: &HostFacts) -> Option<Verdict> {
 }
 
 /// The first thing that no QEMU of the destination has. What follows from it is not listed: a
-/// QEMU that is missing has no machine types either.
-fn engine(vm: &VmFacts, destination: &HostFacts) -> Option<Verdict> {
+/// QEMU that is missing has no machine types either. A stopped VM has no QEMU that it runs on.
+fn engine(vm: &VmFacts, destination: &HostFacts, live: bool) -> Option<Verdict> {
     let host = &destination.name;
     let mut engines: Vec<&EngineFacts> = destination.engines.iter().collect();
+    if engines.is_empty() && !live {
+        return Some(refuse(
+            Code::EngineMissing,
+            format!("Host {host} has no usable QEMU: VM {} could not be started there.", vm.name),
+            format!("Install QEMU on {host} and restart its agent."),
+        ));
+    }
     if engines.is_empty() {
         return Some(refuse(
             Code::EngineMissing,
@@ -234,7 +281,8 @@ fn engine(vm: &VmFacts, destination: &HostFacts) -> Option<Verdict> {
             format!("Install QEMU {} or newer on {host} and restart its agent.", vm.engine),
         ));
     }
-    for need in engine_needs(vm) {
+    let needs = engine_needs(vm).into_iter();
+    for need in needs.filter(|need| live || need.code != Code::AcceleratorMissing) {
         let versions: Vec<_> = engines.iter().map(|engine| engine.version.to_string()).collect();
         engines.retain(|engine| (need.met_by)(vm, engine));
         if engines.is_empty() {
@@ -250,7 +298,7 @@ fn engine(vm: &VmFacts, destination: &HostFacts) -> Option<Verdict> {
             ));
         }
     }
-    older(vm, destination)
+    if live { older(vm, destination) } else { None }
 }
 
 /// Something that a QEMU must be able to do to run the VM.
@@ -262,6 +310,12 @@ struct EngineNeed {
 }
 
 fn engine_needs(vm: &VmFacts) -> [EngineNeed; 3] {
+    let install = match vm.state {
+        GuestState::Running | GuestState::Paused => {
+            format!("install there QEMU {}, which runs the VM now", vm.engine)
+        }
+        GuestState::Stopped | GuestState::Crashed => "install there a QEMU that has it".into(),
+    };
     [
         EngineNeed {
             code: Code::AcceleratorMissing,
@@ -273,13 +327,13 @@ fn engine_needs(vm: &VmFacts) -> [EngineNeed; 3] {
             code: Code::MachineTypeMissing,
             what: format!("machine type {}", vm.machine_type),
             met_by: |vm, engine| engine.machine_types.contains(&vm.machine_type),
-            remedy: format!("install there QEMU {}, which runs the VM now", vm.engine),
+            remedy: install.clone(),
         },
         EngineNeed {
             code: Code::CpuModelMissing,
             what: format!("CPU model {}", vm.cpu_model),
             met_by: |vm, engine| engine.cpu_models.contains(&vm.cpu_model),
-            remedy: format!("install there QEMU {}, which runs the VM now", vm.engine),
+            remedy: install,
         },
     ]
 }

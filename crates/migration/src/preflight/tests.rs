@@ -42,6 +42,7 @@ fn good() -> Question {
             unmovable: Vec::new(),
             migration: None,
         },
+        mode: Mode::Auto,
         source: name("host-a"),
         destination: HostFacts {
             name: name("host-b"),
@@ -177,7 +178,8 @@ fn each_rule_alone_gives_its_one_verdict() {
 
 #[test]
 fn every_code_has_a_case_and_its_word_in_json() {
-    let tested: BTreeSet<Code> = spoils().iter().map(|(code, ..)| *code).collect();
+    let mut tested: BTreeSet<Code> = spoils().iter().map(|(code, ..)| *code).collect();
+    tested.extend(combinations::tests::cases().iter().map(|case| case.code));
     for code in Code::ALL {
         assert!(tested.contains(code) || *code == Code::SameHost, "{code} has no case");
         assert_eq!(serde_json::to_value(code).unwrap(), code.as_str());
@@ -279,4 +281,33 @@ proptest! {
         let after = refuses(&check(&question));
         prop_assert!(before || !after);
     }
+}
+
+#[test]
+fn offline_looks_at_the_definition_only() {
+    let mut question = good();
+    question.mode = Mode::Offline;
+    question.vm.state = GuestState::Stopped;
+    question.vm.engine = "0.0.0".parse().unwrap();
+    question.vm.accelerator = Accelerator::Kvm;
+    question.vm.memory_bytes = u64::MAX;
+    question.vm.cpu_features = set(&["avx512f"]);
+    question.vm.unmovable =
+        vec![UnmovableDevice { device: "gpu0".into(), because: "it is the host's".into() }];
+    question.reach = Reach::NotProbed;
+    assert_eq!(check(&question), []);
+    question.vm.machine_type = "pc-q35-10.0".into();
+    question.vm.nics[0].network = name("vlan7");
+    question.shared_storages.clear();
+    let expected = [
+        Code::MachineTypeMissing,
+        Code::NetworkMissing,
+        Code::DiskUnreachable,
+        Code::DiskUnreachable,
+    ];
+    assert_eq!(codes_of(&check(&question)), expected);
+    question.destination.engines.clear();
+    let verdicts = check(&question);
+    assert_eq!(verdicts[0].code, Code::EngineMissing);
+    assert!(!verdicts[0].problem.contains("0.0.0"));
 }
