@@ -56,6 +56,10 @@ pub struct EngineFacts {
     pub host_cpu_features: BTreeSet<String>,
     /// Features of the QMP side.
     pub features: Features,
+    /// Why this host does not let it receive a guest in post-copy, or `None`: it must be let use
+    /// userfaultfd, for faults of the kernel too. QEMU from 8.1 on opens `/dev/userfaultfd`, which
+    /// its user may be given; 7.2 needs the setting `vm.unprivileged_userfaultfd=1`.
+    pub postcopy_obstacle: Option<String>,
 }
 
 /// One machine type.
@@ -127,6 +131,7 @@ mod tests {
             cpu_models: Vec::new(),
             host_cpu_features: BTreeSet::new(),
             features: Features::default(),
+            postcopy_obstacle: None,
         }
     }
 

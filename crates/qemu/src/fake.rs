@@ -27,14 +27,19 @@
 //!
 //! A point is a QMP command by its name, or a stage: `start`, and of a source `copying`,
 //! `pre-switchover`, `device`, `completed`, `settling` (it has failed, and its guest does not run
-//! again yet); of a destination `accepted`, `loading`, `loaded`. Of
+//! again yet); of a destination `accepted`, `loading`, `loaded`. In post-copy both pass `postcopy`
+//! before each piece of memory, and `recovering` when it is taken up again; refused there they give
+//! up the connection, and stalled they stay in post-copy. `refuse:userfaultfd` is a destination
+//! whose host does not let it receive in post-copy. Of
 //! the stages, `lie:completed` makes a source say `completed` without having sent the guest, and
 //! `lie:loaded` makes a destination say so as soon as it is connected to.
 //!
 //! # Settings
 //!
 //! Among the faults, `copying-ms=N` is how long the copying of the memory takes at least (50), and
-//! `dirty-pages-rate=N` what is reported. `FAKE_QEMU_VERSION` is `7.2` or `10.0` (default), with
+//! `postcopy-ms=N` how long the rest takes in post-copy (50); `dirty-pages-rate=N`,
+//! `dirty-sync-count=N` and `throttle=N` are what is reported, and `dirty-rate=N` (MiB/s) what is
+//! measured, in `measuring-ms=N` (20). `FAKE_QEMU_VERSION` is `7.2` or `10.0` (default), with
 //! the differences that matter. `FAKE_QEMU_WATCH_DIR` names a folder in which each fake holds a lock
 //! on the guest's uuid while the guest "runs": one that finds it taken writes a line to
 //! `violations` there, which is how a test sees a guest that runs twice.
@@ -42,9 +47,13 @@
 mod commands;
 mod faults;
 mod incoming;
+mod measuring;
 mod monitor;
 mod options;
 mod outgoing;
+mod receiving;
+mod serving;
+mod state_file;
 mod tls;
 mod vm;
 
@@ -95,7 +104,9 @@ async fn run(invocation: Invocation, version: Version) -> Result<(), String> {
     match invocation {
         Invocation::TellVersion => Ok(()),
         Invocation::Probe => {
-            let vm = Arc::new(Vm::new(Options::none(), version, Faults::of(None)));
+            let mut options = Options::none();
+            options.incoming = true;
+            let vm = Arc::new(Vm::new(options, version, Faults::of(None)));
             monitor::serve_standard_streams(&vm).await;
             Ok(())
         }

@@ -3,12 +3,17 @@
 //! Each call is one question or order with a bounded wait; nothing is remembered here, since the
 //! truth is QEMU's. Migrations have a room of their own ([`crate::migrate`]).
 
+mod dirty_rate;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+pub use self::dirty_rate::{
+    DIRTY_RATE_SECONDS_MAX, DIRTY_RATE_SECONDS_MIN, DirtyRate, DirtyRateMode, DirtyRateStatus,
+};
 use crate::engine::EngineFacts;
 use crate::event::Events;
 use crate::process::ProcessIdentity;

@@ -23,7 +23,8 @@ use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, pidfd_open,
+    pidfd_send_signal, prlimit, waitid,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
@@ -345,6 +346,17 @@ impl Process {
             .map_err(|_| EndError::StillThere { pid: self.identity.pid, after: within })
     }
 
+    /// Lets it lock that much memory, as sending without a copy needs (the kernel counts what is
+    /// on its way as locked). Needs the right to raise limits.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not allow it.
+    pub fn allow_locked_memory(&self, bytes: u64) -> io::Result<()> {
+        let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+        Ok(prlimit(process_id(self.identity.pid)?.into(), Resource::Memlock, limit).map(drop)?)
+    }
+
     fn signal(&self, signal: Signal) -> Result<(), EndError> {
         match pidfd_send_signal(&self.pidfd, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
@@ -364,11 +376,14 @@ fn open_log(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).mode(0o600).open(path)
 }
 
-fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
+fn process_id(pid: u32) -> io::Result<Pid> {
     let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let pid = raw.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    raw.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     // Non-blocking, as `waitid` would otherwise wait for a process that is not readable yet.
-    Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
+    Ok(pidfd_open(process_id(pid)?, PidfdFlags::NONBLOCK)?)
 }
 
 fn boot_id() -> io::Result<String> {

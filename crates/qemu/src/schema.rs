@@ -10,7 +10,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use serde_json::{Value, json};
 
-pub use self::sent::{SENT, Sent};
+pub use self::sent::{SENT, SENT_WHERE_KNOWN, Sent};
 use crate::qmp::{Qmp, QmpError};
 
 /// How many types deep an argument may be nested before we stop following the references.
@@ -23,6 +23,30 @@ const TYPE_DEPTH_MAX: usize = 16;
 pub struct Features {
     /// Several connections for one migration (7.2, 10.0).
     pub multifd: bool,
+    /// What multifd can compress by: `none`, `zlib`, `zstd` (7.2, 10.0), and what a build has more.
+    pub multifd_compressions: BTreeSet<String>,
+    /// Pages sent again are sent as differences (7.2, 10.0).
+    pub xbzrle: bool,
+    /// A guest that writes too fast is held back (7.2, 10.0).
+    pub auto_converge: bool,
+    /// Memory is sent without a copy inside the kernel (7.2, 10.0; where the system can).
+    pub zero_copy_send: bool,
+    /// The guest may be moved before its memory (7.2, 10.0). Whether the host lets QEMU *receive*
+    /// so is another question: [`crate::engine::EngineFacts::postcopy_obstacle`].
+    pub postcopy: bool,
+    /// Pages that the guest waits for overtake the others (7.2, 10.0).
+    pub postcopy_preempt: bool,
+    /// The destination counts how long the guest waits for pages (7.2, 10.0).
+    pub postcopy_blocktime: bool,
+    /// A migration may go to a file by its name (10.0).
+    pub file_transport: bool,
+    /// Every page has a place of its own in such a file (10.0).
+    pub mapped_ram: bool,
+    /// How the rate of writing can be measured: `page-sampling`, `dirty-bitmap`, `dirty-ring`
+    /// (7.2, 10.0).
+    pub dirty_rate_modes: BTreeSet<String>,
+    /// Such a measuring may take parts of a second (10.0).
+    pub dirty_rate_in_milliseconds: bool,
     /// `migrate` takes a list of channels instead of an address (10.0).
     pub channels: bool,
     /// The destination says when it is ready for the switchover (10.0).
@@ -61,6 +85,17 @@ impl Features {
         let takes = |argument: &str| schema.has_argument("migrate-set-parameters", argument);
         Self {
             multifd: has("multifd"),
+            multifd_compressions: schema.words("migrate-set-parameters", "multifd-compression"),
+            xbzrle: has("xbzrle"),
+            auto_converge: has("auto-converge"),
+            zero_copy_send: has("zero-copy-send"),
+            postcopy: has("postcopy-ram"),
+            postcopy_preempt: has("postcopy-preempt"),
+            postcopy_blocktime: has("postcopy-blocktime"),
+            file_transport: schema.words("migrate", "channels/addr/transport").contains("file"),
+            mapped_ram: has("mapped-ram"),
+            dirty_rate_modes: schema.words("calc-dirty-rate", "mode"),
+            dirty_rate_in_milliseconds: schema.has_argument("calc-dirty-rate", "calc-time-unit"),
             channels: schema.has_argument("migrate", "channels"),
             switchover_ack: has("switchover-ack"),
             exit_on_error: schema.has_argument("migrate-incoming", "exit-on-error"),

@@ -127,7 +127,7 @@ async fn listen(
     let settings = IncomingSettings {
         address: migration_ip(host).await?,
         ports: host.config.migration_port_range(),
-        multifd_channels: None,
+        stream: whimbrel_qemu::migrate::Stream::default(),
         tls: Some(IncomingTls {
             credentials_dir,
             authorized_dn: qemu_subject(request.source.as_str()),

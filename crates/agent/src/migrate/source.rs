@@ -253,7 +253,7 @@ impl Departure {
             }),
             max_downtime_ms: request.options.max_downtime_ms.unwrap_or(DEFAULT_MAX_DOWNTIME_MS),
             max_bandwidth_bytes_per_second: request.options.bandwidth_bytes_per_s.unwrap_or(0),
-            multifd_channels: None,
+            ..OutgoingSettings::to(request.offer.address, None)
         };
         let released_at = rules.is_past_release().then(Instant::now);
         Self {

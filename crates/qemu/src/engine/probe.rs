@@ -172,6 +172,8 @@ fn start(
     let mut command = Command::new(binary);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-S"]);
     command.args(["-machine", "none", "-accel", accelerator.as_wire(), "-qmp", "stdio"]);
+    // Only a destination is asked whether it could receive in post-copy.
+    command.args(["-incoming", "defer"]);
     command.env_clear().env("PATH", SEARCH_PATH).process_group(0).kill_on_drop(true);
     command.stdin(Stdio::from(OwnedFd::from(theirs)));
     command.stdout(Stdio::from(OwnedFd::from(theirs_too)));
@@ -205,6 +207,7 @@ async fn facts(
     let best = json!({ "type": "full", "model": { "name": BEST_CPU_MODEL } });
     let best = qmp.execute("query-cpu-model-expansion", best).await?;
     let features = Features::query(qmp).await?;
+    let postcopy_obstacle = postcopy_obstacle(qmp, &features).await?;
 
     let entries = |list: &Value| list.as_array().cloned().unwrap_or_default();
     let properties = best.pointer("/model/props").and_then(Value::as_object);
@@ -219,7 +222,22 @@ async fn facts(
         cpu_models: entries(&models).iter().filter_map(cpu_model).collect(),
         host_cpu_features: properties.into_iter().flatten().filter_map(on).collect(),
         features,
+        postcopy_obstacle,
     })
+}
+
+/// Why it can not receive in post-copy. QEMU (7.2, 10.0) tries that out when a destination is told
+/// that it shall be able to, and refuses if not.
+async fn postcopy_obstacle(qmp: &Qmp, features: &Features) -> Result<Option<String>, QmpError> {
+    if !features.postcopy {
+        return Ok(Some("this QEMU has no post-copy".to_owned()));
+    }
+    let wanted = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] });
+    match qmp.execute("migrate-set-capabilities", wanted).await {
+        Ok(_) => Ok(None),
+        Err(QmpError::Refused { description, .. }) => Ok(Some(description)),
+        Err(error) => Err(error),
+    }
 }
 
 fn text(entry: &Value, key: &str) -> Option<String> {

@@ -1,15 +1,16 @@
 //! The commands, as QEMU carries them out or refuses them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use super::vm::{Migration, Vm};
-use super::{Version, incoming, outgoing};
+use super::{Version, incoming, measuring, outgoing, receiving};
 use crate::machine::RunState;
-use crate::schema::{SENT, Sent};
+use crate::schema::{SENT, SENT_WHERE_KNOWN, Sent};
 
 /// A line for the client.
 pub(super) struct Answer {
@@ -40,11 +41,16 @@ const CPU_MODELS: &[(&str, &[&str])] = &[
 /// Features of the fake's best processor.
 const CPU_FEATURES: &[&str] = &["fpu", "sse", "sse2", "ssse3", "sse4.1", "sse4.2", "popcnt", "aes"];
 
-pub(super) async fn run(vm: &Arc<Vm>, command: &Value, negotiated: &mut bool) -> Answer {
+pub(super) async fn run(
+    vm: &Arc<Vm>,
+    command: &Value,
+    descriptor: Option<OwnedFd>,
+    negotiated: &mut bool,
+) -> Answer {
     let verb = command.get("execute").or_else(|| command.get("exec-oob"));
     let name = verb.and_then(Value::as_str).unwrap_or_default();
     let arguments = command.get("arguments").cloned().unwrap_or_else(|| json!({}));
-    let result = carry_out(vm, name, &arguments, *negotiated).await;
+    let result = carry_out(vm, name, &arguments, descriptor, *negotiated).await;
     *negotiated |= name == "qmp_capabilities" && result.is_ok();
     let ends = name == "quit" && result.is_ok();
     let mut answer = match result {
@@ -63,6 +69,7 @@ async fn carry_out(
     vm: &Arc<Vm>,
     name: &str,
     arguments: &Value,
+    descriptor: Option<OwnedFd>,
     negotiated: bool,
 ) -> Result<Value, Refusal> {
     let Some(sent) = SENT.iter().find(|sent| sent.command == name) else {
@@ -91,6 +98,8 @@ async fn carry_out(
         "query-memory-size-summary" => Ok(json!({ "base-memory": vm.options.memory_bytes })),
         "query-status" => Ok(status(vm)),
         "query-migrate" => Ok(query_migrate(vm)),
+        "query-dirty-rate" => Ok(measuring::query(vm)),
+        "getfd" | "add-fd" => take_descriptor(vm, name, arguments, descriptor),
         _ => order(vm, name, arguments),
     }
 }
@@ -128,10 +137,20 @@ fn order(vm: &Arc<Vm>, name: &str, arguments: &Value) -> Result<Value, Refusal> 
             let given = arguments.as_object().cloned().unwrap_or_default();
             vm.state().parameters.extend(given);
         }
+        "remove-fd" => {
+            let set = arguments["fdset-id"].to_string();
+            if vm.state().descriptors.remove(&set).is_none() {
+                return refuse(format!("File descriptor set {set} not found"));
+            }
+        }
+        "calc-dirty-rate" => measuring::begin(vm, arguments).or_else(refuse)?,
+        "migrate-start-postcopy" => start_postcopy(vm)?,
+        "migrate-pause" => pause_postcopy(vm)?,
+        "migrate-recover" => receiving::recover(vm, arguments).or_else(refuse)?,
         "migrate-incoming" => incoming::listen(vm, arguments).or_else(refuse)?,
         "migrate" => outgoing::begin(vm, arguments).or_else(refuse)?,
         "migrate-continue" => migrate_continue(vm)?,
-        "migrate_cancel" => cancel(vm),
+        "migrate_cancel" => cancel(vm)?,
         // Nothing to imitate.
         _ => {}
     }
@@ -141,12 +160,13 @@ fn order(vm: &Arc<Vm>, name: &str, arguments: &Value) -> Result<Value, Refusal> 
 fn check_arguments(version: Version, sent: &Sent, arguments: &Value) -> Result<(), Refusal> {
     for name in arguments.as_object().into_iter().flat_map(|map| map.keys()) {
         let is_it = |path: &&str| path.split('/').next() == Some(name);
-        let optional = name == "exit-on-error"
-            && sent.command == "migrate-incoming"
-            && version == Version::V10_0;
-        let known = sent.arguments.iter().any(is_it)
-            || sent.words.iter().any(|(path, _)| is_it(path))
-            || optional;
+        let mut all = vec![sent];
+        if version == Version::V10_0 {
+            all.extend(SENT_WHERE_KNOWN.iter().filter(|more| more.command == sent.command));
+        }
+        let known = all.iter().any(|sent| {
+            sent.arguments.iter().any(is_it) || sent.words.iter().any(|(path, _)| is_it(path))
+        });
         if !known {
             return refuse(format!("Parameter '{name}' is unexpected"));
         }
@@ -212,14 +232,83 @@ fn set_capabilities(vm: &Vm, arguments: &Value) -> Result<(), Refusal> {
     if outgoing::under_way(state.migration.status) {
         return refuse("There's a migration process in progress");
     }
+    let mut capabilities = state.capabilities.clone();
     for entry in arguments["capabilities"].as_array().into_iter().flatten() {
         let name = entry["capability"].as_str().unwrap_or_default().to_owned();
         if entry["state"] == json!(true) {
-            state.capabilities.insert(name);
+            capabilities.insert(name);
         } else {
-            state.capabilities.remove(&name);
+            capabilities.remove(&name);
         }
     }
+    check_capabilities(vm, &capabilities)?;
+    state.capabilities = capabilities;
+    Ok(())
+}
+
+/// What can not be had together, or not on this host.
+fn check_capabilities(vm: &Vm, on: &BTreeSet<String>) -> Result<(), Refusal> {
+    let has = |name: &str| on.contains(name);
+    if has("mapped-ram") && vm.version == Version::V7_2 {
+        return refuse("Parameter 'capability' does not accept value 'mapped-ram'");
+    }
+    if has("postcopy-ram") && has("multifd") && vm.version == Version::V10_0 {
+        return refuse("Postcopy is not yet compatible with multifd");
+    }
+    if has("postcopy-preempt") && !has("postcopy-ram") {
+        return refuse("Postcopy preempt requires postcopy-ram");
+    }
+    if has("multifd") && has("xbzrle") {
+        return refuse("Multifd is not compatible with xbzrle");
+    }
+    if has("postcopy-ram") && vm.options.incoming && vm.faults.refuses_postcopy() {
+        return refuse("Postcopy is not supported: Userfaultfd not available");
+    }
+    Ok(())
+}
+
+fn take_descriptor(
+    vm: &Vm,
+    command: &str,
+    arguments: &Value,
+    descriptor: Option<OwnedFd>,
+) -> Result<Value, Refusal> {
+    let Some(descriptor) = descriptor else {
+        return refuse("No file descriptor supplied via SCM_RIGHTS");
+    };
+    let mut state = vm.state();
+    if command == "getfd" {
+        let name = arguments["fdname"].as_str().unwrap_or_default().to_owned();
+        state.descriptors.insert(name, descriptor);
+        return Ok(json!({}));
+    }
+    let free = (0..).find(|set: &u64| !state.descriptors.contains_key(&set.to_string()));
+    let set = free.unwrap_or_default();
+    state.descriptors.insert(set.to_string(), descriptor);
+    Ok(json!({ "fdset-id": set, "fd": 99 }))
+}
+
+fn start_postcopy(vm: &Vm) -> Result<(), Refusal> {
+    let mut state = vm.state();
+    if !state.capabilities.contains("postcopy-ram") {
+        return refuse("Enable postcopy with migrate_set_capability before the start of migration");
+    }
+    if state.migration.status.is_empty() {
+        return refuse("Postcopy must be started after migration has been started");
+    }
+    // Without effect once the guest has been stopped.
+    state.migration.postcopy_ordered |= matches!(state.migration.status, "setup" | "active");
+    Ok(())
+}
+
+fn pause_postcopy(vm: &Vm) -> Result<(), Refusal> {
+    let status = vm.state().migration.status;
+    if !matches!(status, "postcopy-active" | "postcopy-recover") {
+        return refuse(
+            "migrate-pause is currently only supported during postcopy-active or postcopy-recover state",
+        );
+    }
+    vm.pause_ordered.notify_one();
     Ok(())
 }
 
@@ -235,15 +324,19 @@ fn migrate_continue(vm: &Vm) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn cancel(vm: &Vm) {
+fn cancel(vm: &Vm) -> Result<(), Refusal> {
     let mut state = vm.state();
     if !outgoing::under_way(state.migration.status) {
-        return;
+        return Ok(());
+    }
+    if outgoing::in_postcopy(state.migration.status) {
+        return refuse("Postcopy migration in progress, cannot cancel.");
     }
     state.migration.cancelled = true;
     drop(state);
     vm.migration_becomes("cancelling");
     vm.ordered.notify_one();
+    Ok(())
 }
 
 fn query_migrate(vm: &Vm) -> Value {
@@ -268,6 +361,18 @@ fn query_migrate(vm: &Vm) -> Value {
         if let Some(downtime) = migration.downtime_ms {
             answer["downtime"] = json!(downtime);
         }
+        if state.capabilities.contains("xbzrle") {
+            answer["xbzrle-cache"] = json!({
+                "cache-size": state.parameters.get("xbzrle-cache-size"), "bytes": 0, "pages": 0,
+                "cache-miss": 0, "cache-miss-rate": 0.0, "encoding-rate": 0.0, "overflow": 0,
+            });
+        }
+        if state.capabilities.contains("auto-converge") {
+            answer["cpu-throttle-percentage"] = json!(vm.faults.setting("throttle", 0));
+        }
+    } else if state.capabilities.contains("postcopy-blocktime") {
+        answer["postcopy-blocktime"] = json!(0);
+        answer["postcopy-vcpu-blocktime"] = json!([0]);
     }
     answer
 }
@@ -280,10 +385,15 @@ fn ram(vm: &Vm, migration: &Migration) -> Value {
         "remaining": migration.total_bytes.saturating_sub(migration.transferred_bytes),
         "mbps": migration.transferred_bytes as f64 * 8.0 / 1e6 / seconds,
         "dirty-pages-rate": vm.faults.setting("dirty-pages-rate", 0),
-        "dirty-sync-count": 1,
+        "dirty-sync-count": vm.faults.setting("dirty-sync-count", 1),
         "page-size": 4096,
         "normal-bytes": migration.transferred_bytes,
-        "precopy-bytes": migration.transferred_bytes,
+        "precopy-bytes": migration.transferred_bytes - migration.postcopy_bytes,
+        "postcopy-bytes": migration.postcopy_bytes,
+        "postcopy-requests": 0,
+        "downtime-bytes": 0,
+        "multifd-bytes": 0,
+        "pages-per-second": 0,
     })
 }
 
@@ -329,7 +439,7 @@ fn best_cpu() -> Value {
 }
 
 /// An argument, possibly a path, and its words if it takes words.
-type Member = (String, Option<&'static [&'static str]>);
+type Member = (String, Option<Vec<&'static str>>);
 
 /// The description of exactly what this fake takes.
 fn schema(version: Version) -> Value {
@@ -339,20 +449,27 @@ fn schema(version: Version) -> Value {
     }
     for sent in SENT {
         let command = sent.command;
-        let mut members: Vec<Member> = Vec::new();
-        members.extend(sent.arguments.iter().map(|path| ((*path).to_owned(), None)));
-        members.extend(sent.words.iter().map(|(path, words)| ((*path).to_owned(), Some(*words))));
-        if command == "migrate-incoming" && version == Version::V10_0 {
-            members.push(("exit-on-error".to_owned(), None));
+        let mut all = vec![sent];
+        if version == Version::V10_0 {
+            all.extend(SENT_WHERE_KNOWN.iter().filter(|more| more.command == command));
         }
-        if command == "migrate" && version == Version::V10_0 {
-            members.push(("channels".to_owned(), None));
-        }
+        let members = members(&all);
         let arguments = format!("{command}-arguments");
         entities.push(json!({ "name": command, "meta-type": "command", "arg-type": arguments }));
         describe(&mut entities, &arguments, &members);
     }
     Value::Array(entities)
+}
+
+/// All arguments of one command; the words for the same argument together.
+fn members(all: &[&Sent]) -> Vec<Member> {
+    let mut words: BTreeMap<&str, Vec<&'static str>> = BTreeMap::new();
+    for (path, more) in all.iter().flat_map(|sent| sent.words) {
+        words.entry(path).or_default().extend(*more);
+    }
+    let plain = all.iter().flat_map(|sent| sent.arguments).map(|path| ((*path).to_owned(), None));
+    let worded = words.into_iter().map(|(path, words)| (path.to_owned(), Some(words)));
+    plain.chain(worded).collect()
 }
 
 /// Describes an object type whose members may be paths.
@@ -361,7 +478,7 @@ fn describe(entities: &mut Vec<Value>, name: &str, members: &[Member]) {
     let mut nested: BTreeMap<&str, Vec<Member>> = BTreeMap::new();
     for (path, words) in members {
         if let Some((outer, inner)) = path.split_once('/') {
-            nested.entry(outer).or_default().push((inner.to_owned(), *words));
+            nested.entry(outer).or_default().push((inner.to_owned(), words.clone()));
             continue;
         }
         let mut of_type = "value".to_owned();

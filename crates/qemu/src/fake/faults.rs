@@ -85,6 +85,11 @@ impl Faults {
         self.has("sleep", "guest")
     }
 
+    /// Whether the host does not let it receive in post-copy.
+    pub(super) fn refuses_postcopy(&self) -> bool {
+        self.has("refuse", "userfaultfd")
+    }
+
     /// Whether the monitor says nothing.
     pub(super) fn silent(&self) -> bool {
         self.has("silent", "qmp")

@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::TcpListener;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
-use super::tls;
 use super::vm::Vm;
+use super::{outgoing, receiving, state_file, tls};
 use crate::machine::RunState;
 
 /// `migrate-incoming`.
@@ -20,21 +21,13 @@ pub(super) fn listen(vm: &Arc<Vm>, arguments: &Value) -> Result<(), String> {
     if !vm.state().migration.status.is_empty() {
         return Err("The incoming migration has already been started".to_owned());
     }
-    let uri = arguments["uri"].as_str().and_then(|uri| uri.strip_prefix("tcp:"));
-    let (first, last) =
-        uri.and_then(|uri| uri.split_once(",to=")).ok_or("unknown migration protocol")?;
-    let first: SocketAddr = first.parse().map_err(|_| "invalid address".to_owned())?;
-    let last: u16 = last.parse().map_err(|_| "invalid port".to_owned())?;
     let stays = arguments["exit-on-error"] == json!(false);
-
     vm.migration_becomes("setup");
-    let mut ports = first.port()..=last;
-    let bound = ports
-        .find_map(|port| std::net::TcpListener::bind(SocketAddr::new(first.ip(), port)).ok())
-        .ok_or("Failed to find an available port: Address already in use")?;
-    bound.set_nonblocking(true).map_err(|error| error.to_string())?;
-    let listener = TcpListener::from_std(bound).map_err(|error| error.to_string())?;
-    vm.state().migration.listens_on = listener.local_addr().ok();
+    if let Some(file) = state_file::of(vm, arguments, true)? {
+        state_file::restore(vm, file, stays);
+        return Ok(());
+    }
+    let listener = bind(vm, arguments)?;
     let vm = Arc::clone(vm);
     tokio::spawn(async move {
         if let Err(reason) = receive(&vm, listener).await {
@@ -44,8 +37,25 @@ pub(super) fn listen(vm: &Arc<Vm>, arguments: &Value) -> Result<(), String> {
     Ok(())
 }
 
+/// Listens on the first free port of a range.
+pub(super) fn bind(vm: &Vm, arguments: &Value) -> Result<TcpListener, String> {
+    let uri = arguments["uri"].as_str().and_then(|uri| uri.strip_prefix("tcp:"));
+    let (first, last) =
+        uri.and_then(|uri| uri.split_once(",to=")).ok_or("unknown migration protocol")?;
+    let first: SocketAddr = first.parse().map_err(|_| "invalid address".to_owned())?;
+    let last: u16 = last.parse().map_err(|_| "invalid port".to_owned())?;
+    let mut ports = first.port()..=last;
+    let bound = ports
+        .find_map(|port| std::net::TcpListener::bind(SocketAddr::new(first.ip(), port)).ok())
+        .ok_or("Failed to find an available port: Address already in use")?;
+    bound.set_nonblocking(true).map_err(|error| error.to_string())?;
+    let listener = TcpListener::from_std(bound).map_err(|error| error.to_string())?;
+    vm.state().migration.listens_on = listener.local_addr().ok();
+    Ok(listener)
+}
+
 /// What a QEMU does that can not load: it ends, unless told to stay.
-fn fail(vm: &Vm, reason: String, stays: bool) {
+pub(super) fn fail(vm: &Vm, reason: String, stays: bool) {
     complain(&format!("load of migration failed: {reason}"));
     if stays {
         vm.state().migration.error = Some(reason);
@@ -57,7 +67,55 @@ fn fail(vm: &Vm, reason: String, stays: bool) {
 
 async fn receive(vm: &Arc<Vm>, listener: TcpListener) -> Result<(), String> {
     let text = |error: std::io::Error| error.to_string();
-    let (mut lines, mut writer, hello) = loop {
+    let (mut lines, mut writer, hello) = accept(vm, &listener).await?;
+    drop(listener);
+    vm.state().migration.listens_on = None;
+    vm.migration_becomes("active");
+    vm.faults.at("accepted").await.map_err(|refused| refused.to_string())?;
+    check_shape(vm, &hello)?;
+    if hello["stream"] != outgoing::stream(vm) {
+        return Err("the two ends differ in how the memory travels".to_owned());
+    }
+    if vm.faults.lies_at("loaded") {
+        become_loaded(vm, &RunState::Running);
+        vm.migration_becomes("completed");
+    }
+    let (run_state, whole) = loop {
+        let line = lines.next_line().await.map_err(text)?.ok_or("Unable to read from socket")?;
+        let line: Value = serde_json::from_str(&line).map_err(|error| error.to_string())?;
+        if let Some(word) = line["end"].as_str() {
+            break (RunState::from_wire(word), true);
+        }
+        if let Some(word) = line["package"].as_str() {
+            // The status comes before the state has been loaded.
+            vm.migration_becomes("postcopy-active");
+            break (RunState::from_wire(word), false);
+        }
+    };
+    vm.faults.at("loading").await.map_err(|refused| refused.to_string())?;
+    if hello["devices"] != json!(vm.options.devices) {
+        return Err("Unknown savevm section or instance".to_owned());
+    }
+    become_loaded(vm, &run_state);
+    if !whole {
+        receiving::receive(vm, (lines, writer)).await;
+        return Ok(());
+    }
+    vm.migration_becomes("completed");
+    vm.faults.at("loaded").await.map_err(|refused| refused.to_string())?;
+    // A source that has given up does not matter any more: this end has loaded.
+    let _ = writer.write_all(b"{\"loaded\": true}\n").await;
+    // The source looks at the answer before it lets go.
+    let _ = lines.next_line().await;
+    Ok(())
+}
+
+type Greeted = (Lines<BufReader<OwnedReadHalf>>, OwnedWriteHalf, Value);
+
+/// The first client that is let in, and its greeting.
+pub(super) async fn accept(vm: &Vm, listener: &TcpListener) -> Result<Greeted, String> {
+    let text = |error: std::io::Error| error.to_string();
+    loop {
         let (stream, _) = listener.accept().await.map_err(text)?;
         let (reader, mut writer) = stream.into_split();
         let mut lines = BufReader::new(reader).lines();
@@ -67,40 +125,14 @@ async fn receive(vm: &Arc<Vm>, listener: TcpListener) -> Result<(), String> {
         // One that is not let in changes nothing: the next may be.
         match shake_hands(vm, &hello) {
             Err(reason) => complain(&reason),
-            Ok(None) => break (lines, writer, hello),
+            Ok(None) => return Ok((lines, writer, hello)),
             Ok(Some(own)) => {
                 let own = format!("{}\n", json!({ "tls": own }));
                 writer.write_all(own.as_bytes()).await.map_err(text)?;
-                break (lines, writer, hello);
+                return Ok((lines, writer, hello));
             }
         }
-    };
-    drop(listener);
-    vm.state().migration.listens_on = None;
-    vm.migration_becomes("active");
-    vm.faults.at("accepted").await.map_err(|refused| refused.to_string())?;
-    check(vm, &hello)?;
-    if vm.faults.lies_at("loaded") {
-        become_loaded(vm, &RunState::Running);
     }
-    let run_state = loop {
-        let line = lines.next_line().await.map_err(text)?.ok_or("Unable to read from socket")?;
-        let line: Value = serde_json::from_str(&line).map_err(|error| error.to_string())?;
-        if let Some(word) = line["end"].as_str() {
-            break RunState::from_wire(word);
-        }
-    };
-    vm.faults.at("loading").await.map_err(|refused| refused.to_string())?;
-    if hello["devices"] != json!(vm.options.devices) {
-        return Err("Unknown savevm section or instance".to_owned());
-    }
-    become_loaded(vm, &run_state);
-    vm.faults.at("loaded").await.map_err(|refused| refused.to_string())?;
-    // A source that has given up does not matter any more: this end has loaded.
-    let _ = writer.write_all(b"{\"loaded\": true}\n").await;
-    // The source looks at the answer before it lets go.
-    let _ = lines.next_line().await;
-    Ok(())
 }
 
 /// Lets a client in or not; what is told to one that uses TLS.
@@ -122,7 +154,7 @@ fn complain(reason: &str) {
     let _ = writeln!(std::io::stderr(), "fake-qemu: {reason}");
 }
 
-fn check(vm: &Vm, hello: &Value) -> Result<(), String> {
+pub(super) fn check_shape(vm: &Vm, hello: &Value) -> Result<(), String> {
     let validates = vm.state().capabilities.contains("validate-uuid");
     if validates && hello["hello"] != json!(vm.options.uuid) {
         return Err("UUID received is different from the local one".to_owned());
@@ -136,7 +168,8 @@ fn check(vm: &Vm, hello: &Value) -> Result<(), String> {
     Ok(())
 }
 
-fn become_loaded(vm: &Vm, source: &RunState) {
+/// The guest is here, stopped.
+pub(super) fn become_loaded(vm: &Vm, source: &RunState) {
     let mut state = vm.state();
     if state.run_state != RunState::InMigrate {
         return;
@@ -150,5 +183,4 @@ fn become_loaded(vm: &Vm, source: &RunState) {
     if autostart {
         vm.resume();
     }
-    vm.migration_becomes("completed");
 }

@@ -4,6 +4,7 @@
 //! too and is answered with `{"tls": verdict}`, then `{"bytes": n}` while the memory is "copied", then `{"end": run state}`, to which the other end
 //! answers `{"loaded": true}` or goes away.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::Instant;
 
 use super::vm::{Migration, Vm};
-use super::{Version, tls};
+use super::{Version, serving, state_file, tls};
 use crate::machine::RunState;
 
 /// How long the copying takes when nothing else is ordered.
@@ -33,7 +34,7 @@ const OTHER_MEMORY_BYTES: u64 = 532 * 1024;
 const SENT_SHARE: u64 = 100;
 
 /// Why a migration ended without success.
-enum End {
+pub(super) enum End {
     Cancelled,
     Failed(String),
 }
@@ -47,10 +48,31 @@ impl From<std::io::Error> for End {
 /// Whether QEMU takes a migration of this status for one under way.
 pub(super) fn under_way(status: &str) -> bool {
     matches!(status, "setup" | "active" | "pre-switchover" | "device" | "cancelling")
+        || in_postcopy(status)
+}
+
+/// Whether the guest may be elsewhere while part of its memory is here.
+pub(super) fn in_postcopy(status: &str) -> bool {
+    status.starts_with("postcopy-")
+}
+
+/// What both ends must have alike, and a real one does not always find out about.
+pub(super) fn stream(vm: &Vm) -> Value {
+    let state = vm.state();
+    let alike = ["multifd", "postcopy-ram", "postcopy-preempt", "xbzrle", "mapped-ram"];
+    let on: Vec<&str> =
+        alike.into_iter().filter(|name| state.capabilities.contains(*name)).collect();
+    let multifd = on.contains(&"multifd");
+    let of = |name: &str| state.parameters.get(name).filter(|_| multifd).cloned();
+    json!([on, of("multifd-channels"), of("multifd-compression")])
 }
 
 /// `migrate`.
 pub(super) fn begin(vm: &Arc<Vm>, arguments: &Value) -> Result<(), String> {
+    if arguments["resume"] == json!(true) {
+        return resume(vm, arguments);
+    }
+    let file = state_file::of(vm, arguments, false)?;
     let mut state = vm.state();
     if under_way(state.migration.status) {
         return Err("There's a migration process in progress".to_owned());
@@ -63,21 +85,42 @@ pub(super) fn begin(vm: &Arc<Vm>, arguments: &Value) -> Result<(), String> {
         }
         _ => {}
     }
-    let uri = arguments["uri"].as_str().and_then(|uri| uri.strip_prefix("tcp:"));
-    let address = uri.ok_or("unknown migration protocol")?.to_owned();
+    let address = if file.is_none() { tcp(arguments)? } else { String::new() };
     let total_bytes = vm.options.memory_bytes + OTHER_MEMORY_BYTES;
     state.migration = Migration { total_bytes, ..Migration::default() };
     drop(state);
     vm.migration_becomes("setup");
     let vm = Arc::clone(vm);
-    tokio::spawn(async move { conduct(&vm, &address).await });
+    tokio::spawn(async move { conduct(&vm, &address, file).await });
+    Ok(())
+}
+
+fn tcp(arguments: &Value) -> Result<String, String> {
+    let uri = arguments["uri"].as_str().and_then(|uri| uri.strip_prefix("tcp:"));
+    Ok(uri.ok_or("unknown migration protocol")?.to_owned())
+}
+
+/// `migrate` with `resume`.
+fn resume(vm: &Vm, arguments: &Value) -> Result<(), String> {
+    let address = tcp(arguments)?;
+    let mut state = vm.state();
+    if state.migration.status != "postcopy-paused" {
+        return Err("Cannot resume if there is no paused migration".to_owned());
+    }
+    state.migration.resume_to = Some(address);
+    drop(state);
+    vm.ordered.notify_one();
     Ok(())
 }
 
 /// One whole migration, with what QEMU does with the guest at its end.
-async fn conduct(vm: &Arc<Vm>, address: &str) {
+async fn conduct(vm: &Arc<Vm>, address: &str, file: Option<File>) {
     let run_state_before = vm.state().run_state.clone();
-    let end = match send(vm, address, &run_state_before).await {
+    let sent = match file {
+        Some(file) => save(vm, file, &run_state_before).await,
+        None => send(vm, address, &run_state_before).await,
+    };
+    let end = match sent {
         Ok(()) => return,
         Err(end) => end,
     };
@@ -102,7 +145,7 @@ async fn conduct(vm: &Arc<Vm>, address: &str) {
 
 async fn send(vm: &Arc<Vm>, address: &str, before: &RunState) -> Result<(), End> {
     let begun = Instant::now();
-    let (mut lines, mut writer) = or_cancelled(vm, connect(vm, address)).await?;
+    let (lines, mut writer) = or_cancelled(vm, connect(vm, address, false)).await?;
     vm.migration_becomes("active");
     copy(vm, &mut writer, begun).await?;
 
@@ -115,19 +158,41 @@ async fn send(vm: &Arc<Vm>, address: &str, before: &RunState) -> Result<(), End>
             cancelled_or(vm, vm.ordered.notified()).await?;
         }
     }
-    vm.migration_becomes("device");
+    let postcopy = vm.state().migration.postcopy_ordered;
+    if !postcopy || vm.version == Version::V10_0 {
+        vm.migration_becomes("device");
+    }
     passes(vm, "device").await?;
+    if postcopy {
+        let package = json!({ "package": before.as_wire() });
+        or_cancelled(vm, async { Ok(write_line(&mut writer, &package).await?) }).await?;
+        vm.state().migration.downtime_ms = Some(milliseconds(stopped));
+        vm.leave_disks();
+        serving::serve(vm, (lines, writer)).await?;
+    } else {
+        end(vm, (lines, writer), before).await?;
+    }
+    finished(vm, begun, stopped).await
+}
+
+async fn end(vm: &Arc<Vm>, connection: Connection, before: &RunState) -> Result<(), End> {
+    let (mut lines, mut writer) = connection;
     if !vm.faults.lies_at("completed") {
         let end = json!({ "end": before.as_wire() });
         or_cancelled(vm, finish(&mut lines, &mut writer, &end)).await?;
     }
-    passes(vm, "completed").await?;
+    passes(vm, "completed").await
+}
+
+/// The guest has left.
+async fn finished(vm: &Arc<Vm>, begun: Instant, stopped: Instant) -> Result<(), End> {
     {
         let mut state = vm.state();
         if state.migration.cancelled {
             return Err(End::Cancelled);
         }
-        state.migration.downtime_ms = Some(milliseconds(stopped));
+        state.migration.transferred_bytes = state.migration.total_bytes;
+        state.migration.downtime_ms.get_or_insert(milliseconds(stopped));
         state.migration.total_time_ms = milliseconds(begun);
     }
     if vm.version == Version::V7_2 && vm.arrived_and_never_ran() {
@@ -139,13 +204,25 @@ async fn send(vm: &Arc<Vm>, address: &str, before: &RunState) -> Result<(), End>
     Ok(())
 }
 
-type Connection = (Lines<BufReader<OwnedReadHalf>>, OwnedWriteHalf);
+/// Into a file, where there is nobody to wait for.
+async fn save(vm: &Arc<Vm>, file: File, before: &RunState) -> Result<(), End> {
+    let begun = Instant::now();
+    vm.migration_becomes("active");
+    passes(vm, "copying").await?;
+    cancelled_or(vm, tokio::time::sleep(Duration::from_millis(COPYING_MILLISECONDS))).await?;
+    vm.stop_into(RunState::FinishMigrate);
+    state_file::write(vm, file, before)?;
+    finished(vm, begun, Instant::now()).await
+}
 
-async fn connect(vm: &Arc<Vm>, address: &str) -> Result<Connection, End> {
+pub(super) type Connection = (Lines<BufReader<OwnedReadHalf>>, OwnedWriteHalf);
+
+pub(super) async fn connect(vm: &Arc<Vm>, address: &str, resume: bool) -> Result<Connection, End> {
     let stream = TcpStream::connect(address)
         .await
         .map_err(|error| End::Failed(format!("Failed to connect to '{address}': {error}")))?;
     let (reader, mut writer) = stream.into_split();
+    let stream = self::stream(vm);
     let hello = {
         let state = vm.state();
         let parameter = |name: &str| state.parameters.get(name).cloned().unwrap_or(json!(""));
@@ -157,6 +234,8 @@ async fn connect(vm: &Arc<Vm>, address: &str) -> Result<Connection, End> {
             "machine": vm.options.machine_type,
             "memory": vm.options.memory_bytes,
             "devices": vm.options.devices,
+            "stream": stream,
+            "resume": resume,
             "tls": tls::of_client(dir.as_ref(), &parameter("tls-hostname")),
         })
     };
@@ -183,6 +262,9 @@ async fn copy(vm: &Arc<Vm>, writer: &mut OwnedWriteHalf, begun: Instant) -> Resu
     let steps = (all / COPYING_STEP_MILLISECONDS).clamp(1, COPYING_STEPS_MAX);
     let pause = Duration::from_millis(all / steps);
     for step in 1..=steps {
+        if vm.state().migration.postcopy_ordered {
+            break;
+        }
         cancelled_or(vm, tokio::time::sleep(pause)).await?;
         passes(vm, "copying").await?;
         or_cancelled(vm, async {
@@ -209,7 +291,7 @@ async fn finish(
 }
 
 /// Passes a point of the faults, unless a cancel comes first.
-async fn passes(vm: &Arc<Vm>, point: &str) -> Result<(), End> {
+pub(super) async fn passes(vm: &Arc<Vm>, point: &str) -> Result<(), End> {
     or_cancelled(vm, async {
         vm.faults.at(point).await.map_err(|refused| End::Failed(refused.to_string()))
     })
@@ -241,7 +323,7 @@ async fn or_cancelled<T>(
     }
 }
 
-async fn write_line(writer: &mut OwnedWriteHalf, value: &Value) -> std::io::Result<()> {
+pub(super) async fn write_line(writer: &mut OwnedWriteHalf, value: &Value) -> std::io::Result<()> {
     writer.write_all(format!("{value}\n").as_bytes()).await
 }
 

@@ -3,13 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
 use tokio::sync::{Notify, broadcast};
+use tokio::time::Instant;
 
 use super::Version;
 use super::faults::Faults;
@@ -27,6 +30,8 @@ pub(super) struct Vm {
     pub(super) events: broadcast::Sender<String>,
     /// Something about the migration has been ordered.
     pub(super) ordered: Notify,
+    /// `migrate-pause` has come.
+    pub(super) pause_ordered: Notify,
     /// The program is to end.
     pub(super) quit: Notify,
     state: Mutex<State>,
@@ -40,13 +45,17 @@ pub(super) struct State {
     pub(super) parameters: BTreeMap<String, Value>,
     pub(super) objects: BTreeMap<String, Value>,
     pub(super) migration: Migration,
+    /// Descriptors handed over, by the name or the number of their set.
+    pub(super) descriptors: BTreeMap<String, OwnedFd>,
+    /// What `calc-dirty-rate` was told, and when.
+    pub(super) measuring: Option<(Value, Instant)>,
     running: Option<File>,
     /// The locks of the disks, while this end has them.
     disks: Option<Vec<File>>,
 }
 
 /// The one migration, in or out.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Migration {
     pub(super) status: &'static str,
     pub(super) error: Option<String>,
@@ -59,6 +68,13 @@ pub(super) struct Migration {
     pub(super) continued: bool,
     /// `migrate_cancel` has come.
     pub(super) cancelled: bool,
+    /// `migrate-start-postcopy` has come.
+    pub(super) postcopy_ordered: bool,
+    pub(super) postcopy_bytes: u64,
+    /// `migrate` with `resume` has come.
+    pub(super) resume_to: Option<String>,
+    /// `migrate-recover` has come.
+    pub(super) recover_on: Option<TcpListener>,
 }
 
 impl Vm {
@@ -70,6 +86,7 @@ impl Vm {
             faults,
             events: broadcast::channel(EVENTS_KEPT_MAX).0,
             ordered: Notify::new(),
+            pause_ordered: Notify::new(),
             quit: Notify::new(),
             state: Mutex::new(State {
                 run_state,
@@ -78,6 +95,8 @@ impl Vm {
                 parameters: BTreeMap::new(),
                 objects: BTreeMap::new(),
                 migration: Migration::default(),
+                descriptors: BTreeMap::new(),
+                measuring: None,
                 running: None,
                 disks: None,
             }),

@@ -25,11 +25,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
-use super::settings::{next_change, set_capabilities, set_parameters};
+use super::settings::{Stream, default_parameters, next_change, set_capabilities, set_parameters};
 use super::{MigrationStatus, Statistics, tls};
 use crate::machine::{Machine, RunState};
+use crate::process::Process;
 use crate::qmp::QmpError;
+use crate::schema::Features;
 
 /// Pause between two questions when no event comes.
 const POLL_MILLISECONDS: u64 = 100;
@@ -41,10 +44,21 @@ pub struct IncomingSettings {
     pub address: IpAddr,
     /// The ports that may be used; the first free one is.
     pub ports: RangeInclusive<u16>,
-    /// Connections of a multifd migration; `None` for a single stream. The same on both ends.
-    pub multifd_channels: Option<u8>,
+    /// How the memory travels. The same on both ends.
+    pub stream: Stream,
     /// TLS; `None` only where the caller has another protection.
     pub tls: Option<IncomingTls>,
+}
+
+impl IncomingSettings {
+    fn capabilities(&self, features: &Features) -> Vec<&'static str> {
+        let mut on = vec!["events", "return-path", "late-block-activate"];
+        on.extend(features.validate_uuid.then_some("validate-uuid"));
+        let counts = self.stream.postcopy.is_some() && features.postcopy_blocktime;
+        on.extend(counts.then_some("postcopy-blocktime"));
+        on.extend(self.stream.capabilities());
+        on
+    }
 }
 
 /// Who may send a guest here.
@@ -64,9 +78,12 @@ pub struct Listening {
     pub address: SocketAddr,
 }
 
-/// A destination that has loaded the whole guest, stopped.
+/// A destination that has loaded the guest, stopped.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Loaded {
+    /// Whether all of it is here. If not it is in post-copy: its state is here, and what is
+    /// missing of its memory comes when it is asked for.
+    pub whole: bool,
     /// QEMU's run state.
     pub run_state: RunState,
     /// The destination's figures.
@@ -102,6 +119,9 @@ pub enum IncomingError {
         #[source]
         source: QmpError,
     },
+    /// The file of a saved state can not be opened in the way that QEMU needs.
+    #[error("can not open the file for QEMU")]
+    Open(#[source] std::io::Error),
     /// QEMU listens, but does not say where.
     #[error("the destination's QEMU does not tell its port")]
     NoAddress,
@@ -144,29 +164,19 @@ pub async fn prepare(
 ) -> Result<Listening, IncomingError> {
     let step = |step| move |source| IncomingError::Prepare { step, source };
     let features = machine.features();
-    let multifd = settings.multifd_channels.is_some();
-    if multifd && !features.multifd {
-        return Err(IncomingError::Unsupported { feature: "multifd" });
+    if let Some(feature) = settings.stream.unsupported(features) {
+        return Err(IncomingError::Unsupported { feature });
     }
-    let capabilities = [
-        ("events", true),
-        ("return-path", true),
-        ("late-block-activate", true),
-        ("validate-uuid", features.validate_uuid),
-        ("multifd", multifd),
-    ];
-    set_capabilities(machine, &capabilities).await.map_err(step("capabilities"))?;
+    let on = settings.capabilities(features);
+    set_capabilities(machine, &on).await.map_err(step("capabilities"))?;
 
-    let mut parameters = match &settings.tls {
-        Some(settings) => {
-            tls::make_server(machine, settings).await.map_err(step("TLS credentials"))?
-        }
-        None => tls::none(),
-    };
-    parameters.insert("announce-rounds".to_owned(), json!(0));
-    if let Some(channels) = settings.multifd_channels {
-        parameters.insert("multifd-channels".to_owned(), json!(channels));
+    let mut parameters = default_parameters(features);
+    settings.stream.parameters(&mut parameters);
+    if let Some(settings) = &settings.tls {
+        let made = tls::make_server(machine, settings).await;
+        parameters.extend(made.map_err(step("TLS credentials"))?);
     }
+    parameters.insert("announce-rounds".to_owned(), json!(0));
     set_parameters(machine, parameters).await.map_err(step("parameters"))?;
     listen(machine, settings).await
 }
@@ -192,8 +202,9 @@ async fn listen(
     Ok(Listening { address: SocketAddr::new(settings.address, port) })
 }
 
-/// Waits until the whole guest is here, stopped. As long as nothing fails this waits for ever: the
-/// caller bounds it. Cancellation safe; may be called again, also after a restart of the agent.
+/// Waits until the guest is here, stopped: the whole of it, or where the source has turned to
+/// post-copy, its state. As long as nothing fails this waits for ever: the caller bounds it.
+/// Cancellation safe; may be called again, also after a restart of the agent.
 ///
 /// # Errors
 ///
@@ -211,26 +222,106 @@ pub async fn wait_loaded(machine: &Machine) -> Result<Loaded, IncomingError> {
     }
 }
 
-/// Whether the whole guest is here, asked once.
+/// Whether the guest is here, asked once.
 ///
 /// # Errors
 ///
 /// As [`wait_loaded`].
 pub async fn loaded(machine: &Machine) -> Result<Option<Loaded>, IncomingError> {
     let statistics = Statistics::query(machine.qmp()).await.map_err(IncomingError::query)?;
-    match statistics.status {
-        MigrationStatus::Completed => {}
-        MigrationStatus::Failed | MigrationStatus::Cancelled => {
-            return Err(IncomingError::Failed { reason: statistics.error_desc });
-        }
-        _ => return Ok(None),
-    }
+    let whole = match standing(&statistics)? {
+        Standing::Precopy => return Ok(None),
+        Standing::Postcopy => false,
+        Standing::Whole => true,
+    };
     let status = machine.status().await.map_err(IncomingError::query)?;
     match status.run_state {
         // QEMU sets the run state before it tells `completed`; an order of ours in between, such
-        // as a second `completed` of a newer version, is waited out.
+        // as a second `completed` of a newer version, is waited out. In post-copy it comes later
+        // than the status, with the end of the state.
         RunState::InMigrate => Ok(None),
         _ if status.running => Err(IncomingError::NotStopped),
-        run_state => Ok(Some(Loaded { run_state, statistics })),
+        run_state => Ok(Some(Loaded { whole, run_state, statistics })),
+    }
+}
+
+/// Waits until all memory of a guest in post-copy is here, telling the progress on the way, in
+/// whose status it stands that the connection is lost. The guest may run meanwhile. Cancellation
+/// safe; may be called again, also after a restart of the agent.
+///
+/// # Errors
+///
+/// [`IncomingError::Failed`], `Ended`: the guest's memory is lost. `Query`.
+pub async fn wait_whole(
+    machine: &Machine,
+    progress: &watch::Sender<Statistics>,
+) -> Result<Statistics, IncomingError> {
+    let mut events = machine.events();
+    loop {
+        match Statistics::query(machine.qmp()).await.map_err(IncomingError::query) {
+            Ok(statistics) => {
+                progress.send_replace(statistics.clone());
+                if let Standing::Whole = standing(&statistics)? {
+                    return Ok(statistics);
+                }
+            }
+            // While a device waits for a page that does not come QEMU answers nothing.
+            Err(IncomingError::Query(QmpError::TimedOut { .. })) => {}
+            Err(error) => return Err(error),
+        }
+        next_change(&mut events, Duration::from_millis(POLL_MILLISECONDS)).await;
+    }
+}
+
+/// How much of the guest is here.
+enum Standing {
+    Precopy,
+    Postcopy,
+    Whole,
+}
+
+fn standing(statistics: &Statistics) -> Result<Standing, IncomingError> {
+    match statistics.status {
+        MigrationStatus::Completed => Ok(Standing::Whole),
+        MigrationStatus::PostcopyActive
+        | MigrationStatus::PostcopyPaused
+        | MigrationStatus::PostcopyRecover
+        | MigrationStatus::PostcopyRecoverSetup => Ok(Standing::Postcopy),
+        MigrationStatus::Failed | MigrationStatus::Cancelled => {
+            Err(IncomingError::Failed { reason: statistics.error_desc.clone() })
+        }
+        _ => Ok(Standing::Precopy),
+    }
+}
+
+/// Makes a destination listen again, whose connection was lost in post-copy (`postcopy-paused`);
+/// with the TLS of the first time. May be called again, which ends an earlier listening. Carried
+/// out even while QEMU answers nothing else (out of band), since its guest, or a device, may be
+/// waiting for a page; so the port is looked for at the process.
+///
+/// # Errors
+///
+/// [`IncomingError::Listen`]: refused, most often because post-copy is not paused (yet) here:
+/// [`pause_postcopy`](super::outgoing::pause_postcopy) does that. `NoAddress`.
+pub async fn recover(
+    machine: &Machine,
+    process: &Process,
+    address: IpAddr,
+    ports: RangeInclusive<u16>,
+) -> Result<Listening, IncomingError> {
+    let first = SocketAddr::new(address, *ports.start());
+    let uri = json!({ "uri": format!("tcp:{first},to={}", ports.end()) });
+    machine
+        .qmp()
+        .execute_oob("migrate-recover", uri)
+        .await
+        .map_err(|source| IncomingError::Listen { address, ports, source })?;
+    match process.listening_port() {
+        Ok(Some(port)) => Ok(Listening { address: SocketAddr::new(address, port) }),
+        Ok(None) => Err(IncomingError::NoAddress),
+        Err(error) => {
+            tracing::warn!(%error, "the kernel does not tell where the destination listens");
+            Err(IncomingError::NoAddress)
+        }
     }
 }

@@ -27,6 +27,9 @@
 //! - A destination that hangs leaves the source in `device` for ever, its guest stopped:
 //!   [`Outgoing::continue_to_completed`] is bounded, and [`Outgoing::cancel`] ends this state too.
 
+mod control;
+mod postcopy;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -35,11 +38,17 @@ use serde_json::{Map, Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::settings::{next_change, set_capabilities, set_parameters};
+pub use self::control::Control;
+pub use self::postcopy::{Switched, Unrecovered, pause_postcopy};
+pub use super::settings::DEFAULT_MAX_DOWNTIME_MS;
+use super::settings::{
+    Stream, Throttle, bandwidth, default_parameters, next_change, set_capabilities, set_parameters,
+};
 use super::{MigrationStatus, Statistics, tls};
 use crate::event::{EventKind, Events, Timestamp};
 use crate::machine::{Machine, RunState};
 use crate::qmp::QmpError;
+use crate::schema::Features;
 
 /// Pause between two questions while memory is copied; also how often progress is told.
 const PROGRESS_MILLISECONDS: u64 = 200;
@@ -49,16 +58,6 @@ const SWITCHOVER_POLL_MILLISECONDS: u64 = 20;
 
 /// How long QEMU may take to decide on the guest's run state after a failure.
 const SETTLE_SECONDS: u64 = 5;
-
-/// What stands for no limit, in bytes per second (1 TiB/s). QEMU's own default is 128 MiB/s, and
-/// 0 is not documented to mean no limit before post-copy.
-const UNLIMITED_BYTES_PER_SECOND: u64 = 1 << 40;
-
-/// QEMU's own default for the downtime, in milliseconds.
-pub const DEFAULT_MAX_DOWNTIME_MS: u64 = 300;
-
-/// The pause that is aimed at first, in milliseconds; see [`Aim`].
-const FIRST_AIM_MS: u64 = 1;
 
 /// How a source sends its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,8 +70,84 @@ pub struct OutgoingSettings {
     pub max_downtime_ms: u64,
     /// The most that may be sent, in bytes per second; 0 is no limit.
     pub max_bandwidth_bytes_per_second: u64,
-    /// Connections of a multifd migration; `None` for a single stream. The same on both ends.
-    pub multifd_channels: Option<u8>,
+    /// The same in post-copy, for what the destination has not asked for; 0 is no limit.
+    pub max_postcopy_bandwidth_bytes_per_second: u64,
+    /// What the link can carry in the switchover, in bytes per second, where that is known better
+    /// than QEMU can measure it; `None` lets QEMU measure. Only where the schema has it.
+    pub switchover_bandwidth_bytes_per_second: Option<u64>,
+    /// How the memory travels. The same on both ends.
+    pub stream: Stream,
+    /// Whether, and how far, a guest that writes too fast is held back.
+    pub throttle: Option<Throttle>,
+    /// Sends memory without a copy inside the kernel. Needs multifd without compression and TLS,
+    /// and a QEMU that may lock its memory ([`crate::process::Process::allow_locked_memory`]).
+    pub zero_copy: bool,
+}
+
+impl OutgoingSettings {
+    /// To there, in the plainest way: one stream, QEMU's own limit of the downtime, no limit of
+    /// the bandwidth, no throttling.
+    #[must_use]
+    pub fn to(address: SocketAddr, tls: Option<OutgoingTls>) -> Self {
+        Self {
+            to: address,
+            tls,
+            max_downtime_ms: DEFAULT_MAX_DOWNTIME_MS,
+            max_bandwidth_bytes_per_second: 0,
+            max_postcopy_bandwidth_bytes_per_second: 0,
+            switchover_bandwidth_bytes_per_second: None,
+            stream: Stream::default(),
+            throttle: None,
+            zero_copy: false,
+        }
+    }
+
+    /// The first thing asked for that a QEMU does not have, or that can not be had together.
+    #[must_use]
+    pub fn unsupported(&self, features: &Features) -> Option<&'static str> {
+        let plain = self.tls.is_none()
+            && self.stream.compression.is_none()
+            && self.stream.multifd_channels.is_some();
+        let lacking = [
+            (self.throttle.is_some() && !features.auto_converge, "auto-converge"),
+            (self.zero_copy && !features.zero_copy_send, "zero-copy sending"),
+            (self.zero_copy && !plain, "zero-copy sending but over multifd as it is"),
+            (
+                self.switchover_bandwidth_bytes_per_second.is_some()
+                    && !features.avail_switchover_bandwidth,
+                "given bandwidth of the switchover",
+            ),
+        ];
+        let own = lacking.into_iter().find_map(|(lacks, what)| lacks.then_some(what));
+        self.stream.unsupported(features).or(own)
+    }
+
+    fn capabilities(&self, features: &Features) -> Vec<&'static str> {
+        let mut on = vec!["events", "return-path", "pause-before-switchover"];
+        on.extend(features.validate_uuid.then_some("validate-uuid"));
+        on.extend(self.throttle.is_some().then_some("auto-converge"));
+        on.extend(self.zero_copy.then_some("zero-copy-send"));
+        on.extend(self.stream.capabilities());
+        on
+    }
+
+    /// All parameters but those of TLS and the aim.
+    fn parameters(&self, features: &Features) -> Map<String, Value> {
+        let mut parameters = default_parameters(features);
+        self.stream.parameters(&mut parameters);
+        let mut set = |name: &str, value: Value| parameters.insert(name.to_owned(), value);
+        set("max-bandwidth", bandwidth(self.max_bandwidth_bytes_per_second));
+        set("max-postcopy-bandwidth", json!(self.max_postcopy_bandwidth_bytes_per_second));
+        if let Some(throttle) = self.throttle {
+            set("cpu-throttle-initial", json!(throttle.initial_percent));
+            set("cpu-throttle-increment", json!(throttle.increment_percent));
+            set("max-cpu-throttle", json!(throttle.max_percent));
+        }
+        if let Some(limit) = self.switchover_bandwidth_bytes_per_second {
+            set("avail-switchover-bandwidth", json!(limit));
+        }
+        parameters
+    }
 }
 
 /// Whom to expect at the other end.
@@ -90,8 +165,7 @@ pub struct Outgoing {
     machine: Machine,
     events: Events,
     stopped_at: Option<Timestamp>,
-    /// `None` for a migration that was taken up: it keeps the aim that it has.
-    aim: Option<Aim>,
+    control: Control,
 }
 
 /// The source after the whole guest has left: stopped, `postmigrate` (a moment later).
@@ -140,6 +214,10 @@ pub enum OutgoingError {
         /// QEMU's run state after it.
         run_state: RunState,
     },
+    /// Post-copy has begun: the guest may run elsewhere, and nothing that ends this migration, nor
+    /// this QEMU, may be asked for.
+    #[error("the guest is in post-copy")]
+    Postcopy,
     /// It took longer than allowed. What QEMU does is unknown: cancel, which tells.
     #[error("the source's QEMU took more than {} ms for {what}", after.as_millis())]
     TookTooLong {
@@ -162,38 +240,13 @@ pub enum Cancelled {
     AlreadyCompleted,
 }
 
-/// The pause that QEMU is told to aim at (`downtime-limit`).
-///
-/// QEMU stops the guest as soon as it guesses that what is left can be sent within its limit: with 300 ms and a fast link
-/// that is 100 MB of memory which an idle guest would have left in peace until it was sent. So the aim is short at first,
-/// and doubles as long as further passes over the memory do not get there, up to what was asked for: a guest that writes
-/// much is stopped when it would have been anyway, some short passes later.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Aim {
-    now_ms: u64,
-    most_ms: u64,
-    /// The passes that had begun when the aim was last looked at.
-    passes: u64,
-}
-
-impl Aim {
-    fn first(most_ms: u64) -> Self {
-        // The first pass sends everything, and says nothing of the guest.
-        Self { now_ms: most_ms.min(FIRST_AIM_MS), most_ms, passes: 1 }
-    }
-
-    /// The aim when so many passes have begun: longer if there was a further one.
-    fn after(self, passes: u64) -> Self {
-        let now_ms = if passes > self.passes { self.now_ms * 2 } else { self.now_ms };
-        Self { now_ms: now_ms.min(self.most_ms), passes: passes.max(self.passes), ..self }
-    }
-}
-
 /// Where a migration stands, as far as the steps here are concerned.
 enum Standing {
     Copying,
     PreSwitchover,
     Finishing,
+    /// The guest is, or may be, elsewhere, and part of its memory still here.
+    Postcopy,
     Completed,
 }
 
@@ -210,41 +263,24 @@ impl Outgoing {
     ) -> Result<Self, OutgoingError> {
         let step = |step| move |source| OutgoingError::Prepare { step, source };
         let features = machine.features();
-        let multifd = settings.multifd_channels.is_some();
-        if multifd && !features.multifd {
-            return Err(OutgoingError::Unsupported { feature: "multifd" });
+        if let Some(feature) = settings.unsupported(features) {
+            return Err(OutgoingError::Unsupported { feature });
         }
         wake(machine)
             .await
             .map_err(step("a paused guest that arrived, or was to leave, before"))?;
-        let capabilities = [
-            ("events", true),
-            ("return-path", true),
-            ("pause-before-switchover", true),
-            ("validate-uuid", features.validate_uuid),
-            ("multifd", multifd),
-        ];
-        set_capabilities(machine, &capabilities).await.map_err(step("capabilities"))?;
+        let on = settings.capabilities(features);
+        set_capabilities(machine, &on).await.map_err(step("capabilities"))?;
 
-        let mut parameters = match &settings.tls {
-            Some(settings) => {
-                tls::make_client(machine, settings).await.map_err(step("TLS credentials"))?
-            }
-            None => tls::none(),
-        };
-        let bandwidth = match settings.max_bandwidth_bytes_per_second {
-            0 => UNLIMITED_BYTES_PER_SECOND,
-            limit => limit,
-        };
-        parameters.insert("max-bandwidth".to_owned(), json!(bandwidth));
-        let aim = Aim::first(settings.max_downtime_ms);
-        parameters.insert("downtime-limit".to_owned(), json!(aim.now_ms));
-        if let Some(channels) = settings.multifd_channels {
-            parameters.insert("multifd-channels".to_owned(), json!(channels));
+        let mut parameters = settings.parameters(features);
+        if let Some(settings) = &settings.tls {
+            let made = tls::make_client(machine, settings).await;
+            parameters.extend(made.map_err(step("TLS credentials"))?);
         }
+        let control = Control::aiming(machine, settings.max_downtime_ms, &mut parameters);
         set_parameters(machine, parameters).await.map_err(step("parameters"))?;
 
-        let outgoing = Self { aim: Some(aim), ..Self::reattach(machine) };
+        let outgoing = Self { control, ..Self::reattach(machine) };
         let uri = json!({ "uri": format!("tcp:{}", settings.to) });
         machine.order("migrate", uri).await.map_err(step("the beginning itself"))?;
         Ok(outgoing)
@@ -253,7 +289,18 @@ impl Outgoing {
     /// Takes up a migration that was begun before the agent was restarted.
     #[must_use]
     pub fn reattach(machine: &Machine) -> Self {
-        Self { machine: machine.clone(), events: machine.events(), stopped_at: None, aim: None }
+        Self {
+            machine: machine.clone(),
+            events: machine.events(),
+            stopped_at: None,
+            control: Control::of(machine),
+        }
+    }
+
+    /// Orders for it from elsewhere, while it is waited for here.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        self.control.clone()
     }
 
     /// When the vCPUs stopped, if they have and the event was seen.
@@ -309,28 +356,12 @@ impl Outgoing {
                 self.note_events();
                 return Ok(());
             }
-            self.adjust_aim(statistics.ram.dirty_sync_count.unwrap_or(0)).await;
+            self.control.adjust(statistics.ram.dirty_sync_count.unwrap_or(0)).await;
             // The guest stands still: nothing is asked that the event has told.
             if self.wait_status_change(pause).await == Some(MigrationStatus::PreSwitchover) {
                 return Ok(());
             }
         }
-    }
-
-    /// Tells QEMU a longer pause if a further pass over the memory has begun. Where it does not hear that, it is told at the
-    /// next look; why, the next question tells.
-    async fn adjust_aim(&mut self, passes: u64) {
-        let Some(aim) = self.aim else { return };
-        let next = aim.after(passes);
-        let mut parameters = Map::new();
-        parameters.insert("downtime-limit".to_owned(), json!(next.now_ms));
-        if next.now_ms != aim.now_ms
-            && let Err(error) = set_parameters(&self.machine, parameters).await
-        {
-            tracing::debug!(%error, "QEMU did not take a longer pause");
-            return;
-        }
-        self.aim = Some(next);
     }
 
     /// Lets QEMU send the rest, and waits until it says that all has arrived. From pre-switchover,
@@ -347,6 +378,17 @@ impl Outgoing {
         &mut self,
         within: Duration,
     ) -> Result<Completed, OutgoingError> {
+        match self.continue_until(within).await? {
+            (Standing::Postcopy, _) => Err(OutgoingError::Postcopy),
+            (_, completed) => Ok(completed),
+        }
+    }
+
+    /// Lets QEMU go on from pre-switchover, to `completed` or to post-copy; tells which.
+    async fn continue_until(
+        &mut self,
+        within: Duration,
+    ) -> Result<(Standing, Completed), OutgoingError> {
         let until = Instant::now() + within;
         let pause = Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS);
         // Told without being asked where it stands: every question lengthens the guest's pause.
@@ -362,10 +404,11 @@ impl Outgoing {
             }
             let statistics = self.statistics().await?;
             match self.standing(&statistics).await? {
-                Standing::Completed => {
+                standing @ (Standing::Completed | Standing::Postcopy) => {
                     self.note_events();
                     let statistics = self.final_figures(statistics).await;
-                    return Ok(Completed { statistics, stopped_at: self.stopped_at });
+                    let stopped_at = self.stopped_at;
+                    return Ok((standing, Completed { statistics, stopped_at }));
                 }
                 Standing::PreSwitchover if !told => told = self.tell_to_continue().await?,
                 Standing::Copying | Standing::PreSwitchover | Standing::Finishing => {}
@@ -375,10 +418,11 @@ impl Outgoing {
 
     /// The figures with the total time, which 7.2 sums up a moment after it has said `completed`.
     async fn final_figures(&self, at_completed: Statistics) -> Statistics {
-        match at_completed.total_time_ms {
-            None | Some(0) => self.statistics().await.unwrap_or(at_completed),
-            Some(_) => at_completed,
+        let summed_up = at_completed.total_time_ms.unwrap_or(0) > 0;
+        if summed_up || at_completed.status != MigrationStatus::Completed {
+            return at_completed;
         }
+        self.statistics().await.unwrap_or(at_completed)
     }
 
     /// Whether QEMU goes on from pre-switchover; it refuses at any other state.
@@ -431,6 +475,10 @@ impl Outgoing {
             MigrationStatus::PreSwitchover => Ok(Standing::PreSwitchover),
             MigrationStatus::Device => Ok(Standing::Finishing),
             MigrationStatus::Completed => Ok(Standing::Completed),
+            MigrationStatus::PostcopyActive
+            | MigrationStatus::PostcopyPaused
+            | MigrationStatus::PostcopyRecover
+            | MigrationStatus::PostcopyRecoverSetup => Ok(Standing::Postcopy),
             MigrationStatus::Failed => Err(OutgoingError::Failed {
                 reason: statistics.error_desc.clone(),
                 run_state: self.settled_run_state().await?,
@@ -490,7 +538,7 @@ impl Outgoing {
 
 /// Lets a paused guest run for an instant, if QEMU would not survive, or not begin, its migration
 /// otherwise. The head of this module says when.
-async fn wake(machine: &Machine) -> Result<(), QmpError> {
+pub(super) async fn wake(machine: &Machine) -> Result<(), QmpError> {
     let needs = match machine.status().await?.run_state {
         RunState::PostMigrate => true,
         RunState::Paused | RunState::Prelaunch if !machine.features().sends_inactive_disks => {
@@ -513,33 +561,8 @@ async fn wake(machine: &Machine) -> Result<(), QmpError> {
 /// [`OutgoingError::Prepare`].
 pub async fn reset(machine: &Machine) -> Result<(), OutgoingError> {
     let step = |step| move |source| OutgoingError::Prepare { step, source };
-    let capabilities =
-        ["events", "return-path", "pause-before-switchover", "validate-uuid", "multifd"];
-    let off = capabilities.map(|name| (name, false));
-    set_capabilities(machine, &off).await.map_err(step("capabilities of the last try"))?;
-    set_parameters(machine, tls::none()).await.map_err(step("parameters of the last try"))?;
+    set_capabilities(machine, &[]).await.map_err(step("capabilities of the last try"))?;
+    let parameters = default_parameters(machine.features());
+    set_parameters(machine, parameters).await.map_err(step("parameters of the last try"))?;
     tls::remove(machine).await.map_err(step("TLS credentials of the last try"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_aim_grows_with_the_passes_and_not_beyond_what_was_asked_for() {
-        let aims = |most_ms, passes: &[u64]| {
-            let mut aim = Aim::first(most_ms);
-            let mut aims = vec![aim.now_ms];
-            aims.extend(passes.iter().map(|passes| {
-                aim = aim.after(*passes);
-                aim.now_ms
-            }));
-            aims
-        };
-        let passes = [0, 1, 1, 2, 2, 5, 6, 7, 8, 9, 10];
-        assert_eq!(aims(300, &passes), [1, 1, 1, 1, 2, 2, 4, 8, 16, 32, 64, 128]);
-        assert_eq!(aims(3, &[2, 3, 4]), [1, 2, 3, 3]);
-        assert_eq!(aims(1, &[2, 3]), [1, 1, 1]);
-        assert_eq!(aims(0, &[2]), [0, 0]);
-    }
 }

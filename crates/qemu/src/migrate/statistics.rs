@@ -91,8 +91,10 @@ pub struct Statistics {
     pub setup_time_ms: Option<u64>,
     /// Memory.
     pub ram: RamStatistics,
-    /// XBZRLE's cache, where used.
-    pub xbzrle_cache: Option<Value>,
+    /// XBZRLE, where used.
+    pub xbzrle: Option<XbzrleStatistics>,
+    /// The older compression by threads, where used (7.2).
+    pub compression: Option<CompressionStatistics>,
     /// Share of time that vCPUs are held back, in percent.
     pub cpu_throttle_percentage: Option<u64>,
     /// Longest round time of the dirty limit, microseconds.
@@ -103,6 +105,44 @@ pub struct Statistics {
     pub postcopy_blocktime_ms: Option<u64>,
     /// The same per vCPU.
     pub postcopy_vcpu_blocktime_ms: Vec<u64>,
+    /// QEMU's answer, untouched.
+    pub raw: Value,
+}
+
+/// The figures of XBZRLE.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct XbzrleStatistics {
+    /// Bytes of the cache.
+    pub cache_bytes: Option<u64>,
+    /// Bytes sent as differences.
+    pub bytes: Option<u64>,
+    /// Pages sent as differences.
+    pub pages: Option<u64>,
+    /// Pages that were not in the cache.
+    pub cache_misses: Option<u64>,
+    /// Their share, 0 to 1.
+    pub cache_miss_rate: Option<f64>,
+    /// Bytes of pages for one byte sent.
+    pub encoding_rate: Option<f64>,
+    /// Pages that were cheaper to send whole.
+    pub overflows: Option<u64>,
+}
+
+/// The figures of the older compression by threads.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CompressionStatistics {
+    /// Pages compressed.
+    pub pages: Option<u64>,
+    /// Times that no thread was free.
+    pub busy: Option<u64>,
+    /// Their share, 0 to 1.
+    pub busy_rate: Option<f64>,
+    /// Bytes sent compressed.
+    pub compressed_bytes: Option<u64>,
+    /// Bytes of pages for one byte sent.
+    pub compression_rate: Option<f64>,
 }
 
 /// The figures of the guest's memory.
@@ -177,7 +217,8 @@ impl Statistics {
             expected_downtime_ms: number("expected-downtime"),
             setup_time_ms: number("setup-time"),
             ram: answer.get("ram").map(RamStatistics::from_wire).unwrap_or_default(),
-            xbzrle_cache: answer.get("xbzrle-cache").cloned(),
+            xbzrle: answer.get("xbzrle-cache").map(XbzrleStatistics::from_wire),
+            compression: answer.get("compression").map(CompressionStatistics::from_wire),
             cpu_throttle_percentage: number("cpu-throttle-percentage"),
             dirty_limit_throttle_time_per_round_us: number("dirty-limit-throttle-time-per-round"),
             dirty_limit_ring_full_time_us: number("dirty-limit-ring-full-time"),
@@ -185,6 +226,37 @@ impl Statistics {
             postcopy_vcpu_blocktime_ms: list("postcopy-vcpu-blocktime")
                 .map(|times| times.iter().filter_map(Value::as_u64).collect())
                 .unwrap_or_default(),
+            raw: answer.clone(),
+        }
+    }
+}
+
+impl XbzrleStatistics {
+    fn from_wire(cache: &Value) -> Self {
+        let number = |key: &str| cache.get(key).and_then(Value::as_u64);
+        let share = |key: &str| cache.get(key).and_then(Value::as_f64);
+        Self {
+            cache_bytes: number("cache-size"),
+            bytes: number("bytes"),
+            pages: number("pages"),
+            cache_misses: number("cache-miss"),
+            cache_miss_rate: share("cache-miss-rate"),
+            encoding_rate: share("encoding-rate"),
+            overflows: number("overflow"),
+        }
+    }
+}
+
+impl CompressionStatistics {
+    fn from_wire(compression: &Value) -> Self {
+        let number = |key: &str| compression.get(key).and_then(Value::as_u64);
+        let share = |key: &str| compression.get(key).and_then(Value::as_f64);
+        Self {
+            pages: number("pages"),
+            busy: number("busy"),
+            busy_rate: share("busy-rate"),
+            compressed_bytes: number("compressed-size"),
+            compression_rate: share("compression-rate"),
         }
     }
 }
@@ -222,10 +294,11 @@ mod tests {
 
     #[test]
     fn every_figure_may_be_missing() {
-        assert_eq!(Statistics::from_wire(&json!({})), Statistics::default());
-        assert_eq!(Statistics::from_wire(&Value::Null), Statistics::default());
         let strange = json!({ "status": 7, "ram": "much", "total-time": -1, "downtime": 1.5 });
-        assert_eq!(Statistics::from_wire(&strange), Statistics::default());
+        for answer in [json!({}), Value::Null, strange] {
+            let nothing = Statistics { raw: answer.clone(), ..Statistics::default() };
+            assert_eq!(Statistics::from_wire(&answer), nothing);
+        }
     }
 
     /// As 7.2 answered after a migration.
@@ -234,6 +307,11 @@ mod tests {
         let figures = Statistics::from_wire(&json!({
             "status": "completed", "setup-time": 5, "downtime": 59, "total-time": 63,
             "blocked-reasons": ["a device"], "cpu-throttle-percentage": 20,
+            "postcopy-blocktime": 7, "postcopy-vcpu-blocktime": [7, 9],
+            "xbzrle-cache": {
+                "cache-size": 67_108_864, "bytes": 12, "pages": 3, "cache-miss": 4,
+                "cache-miss-rate": 0.25, "encoding-rate": 40.5, "overflow": 1
+            },
             "ram": {
                 "total": 67_641_344, "postcopy-requests": 0, "dirty-sync-count": 2,
                 "multifd-bytes": 0, "pages-per-second": 0, "downtime-bytes": 135_437,
@@ -254,6 +332,12 @@ mod tests {
         assert_eq!((ram.duplicate_pages, ram.dirty_sync_count), (Some(16_393), Some(2)));
         assert_eq!((ram.precopy_bytes, ram.downtime_bytes), (Some(644_211), Some(135_437)));
         assert_eq!(ram.mbps, Some(108.5));
+        assert_eq!(figures.postcopy_blocktime_ms, Some(7));
+        assert_eq!(figures.postcopy_vcpu_blocktime_ms, [7, 9]);
+        let xbzrle = figures.xbzrle.unwrap();
+        assert_eq!((xbzrle.pages, xbzrle.overflows), (Some(3), Some(1)));
+        assert_eq!((xbzrle.cache_miss_rate, xbzrle.encoding_rate), (Some(0.25), Some(40.5)));
+        assert_eq!(figures.raw["ram"]["page-size"], 4096);
     }
 
     #[test]

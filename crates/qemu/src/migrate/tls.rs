@@ -77,12 +77,6 @@ pub(super) async fn make_client(
     Ok(parameters(&[("tls-creds", CREDENTIALS_ID), ("tls-hostname", &tls.hostname)]))
 }
 
-/// The parameters of a migration without TLS; also what takes the references back (`""` is
-/// QEMU's word for none).
-pub(super) fn none() -> Map<String, Value> {
-    parameters(&[("tls-creds", ""), ("tls-hostname", ""), ("tls-authz", "")])
-}
-
 /// Removes the objects of an earlier try, if there are any.
 pub(super) async fn remove(machine: &Machine) -> Result<(), QmpError> {
     machine.object_del(CREDENTIALS_ID).await?;

@@ -8,8 +8,8 @@
 //! A cancel of 7.2 that waits for a connection to come about is ended by it, too.
 //!
 //! `/proc/PID/fd` names a process's sockets by inode. `/proc/PID/net/tcp` has all of its network
-//! namespace: the third column is the remote `address:port` in hexadecimal, the fourth the state,
-//! the tenth the inode.
+//! namespace: the second and third columns are the local and the remote `address:port` in
+//! hexadecimal, the fourth the state, the tenth the inode.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -25,6 +25,7 @@ const LISTEN: &str = "0A";
 
 /// One line of the kernel's table.
 struct Connection {
+    local_port: u16,
     remote_port: u16,
     listens: bool,
     inode: u64,
@@ -37,11 +38,21 @@ impl Process {
     ///
     /// Where the kernel does not tell; also when the process has ended.
     pub fn listens(&self) -> io::Result<bool> {
+        Ok(self.listening_port()?.is_some())
+    }
+
+    /// A TCP port that it listens on; of several, any.
+    ///
+    /// # Errors
+    ///
+    /// As [`Process::listens`].
+    pub fn listening_port(&self) -> io::Result<Option<u16>> {
         let table = table(self.identity.pid)?;
         let own = sockets(self.identity.pid)?;
-        Ok(own.iter().any(|(_, inode)| {
-            table.iter().any(|connection| connection.listens && connection.inode == *inode)
-        }))
+        let listens = |connection: &&Connection| {
+            connection.listens && own.iter().any(|(_, inode)| *inode == connection.inode)
+        };
+        Ok(table.iter().find(listens).map(|connection| connection.local_port))
     }
 
     /// Shuts down its TCP connections to a remote port, those that are still being made included;
@@ -100,11 +111,16 @@ fn table(pid: u32) -> io::Result<Vec<Connection>> {
 
 /// `None` for the heading.
 fn connection(line: &str) -> Option<Connection> {
-    let mut columns = line.split_ascii_whitespace();
-    let (_, port) = columns.nth(2)?.rsplit_once(':')?;
+    let mut columns = line.split_ascii_whitespace().skip(1);
+    let mut port = || {
+        let (_, port) = columns.next()?.rsplit_once(':')?;
+        u16::from_str_radix(port, 16).ok()
+    };
+    let (local_port, remote_port) = (port()?, port()?);
     let state = columns.next()?;
     Some(Connection {
-        remote_port: u16::from_str_radix(port, 16).ok()?,
+        local_port,
+        remote_port,
         listens: state == LISTEN,
         inode: columns.nth(5)?.parse().ok()?,
     })
@@ -128,8 +144,8 @@ mod tests {
     async fn what_listens_is_seen_and_a_connection_is_cut() {
         let own = this_process();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        assert!(own.listens().unwrap());
         let port = listener.local_addr().unwrap().port();
+        assert_eq!(own.listening_port().unwrap(), Some(port));
         let mut near = TcpStream::connect(("127.0.0.1", port)).unwrap();
         let mut far = listener.accept().unwrap().0;
         assert_eq!(own.cut(1).unwrap(), 0);

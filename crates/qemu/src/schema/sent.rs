@@ -16,8 +16,8 @@ const fn plain(command: &'static str) -> Sent {
     Sent { command, arguments: &[], words: &[] }
 }
 
-/// Everything that is sent to every QEMU. The one thing that is sent only where the schema has it
-/// is `exit-on-error` of `migrate-incoming`.
+/// Everything that is sent to every QEMU. What is sent only where the schema has it stands in
+/// [`SENT_WHERE_KNOWN`].
 pub const SENT: &[Sent] = &[
     Sent { command: "qmp_capabilities", arguments: &[], words: &[("enable", &["oob"])] },
     plain("query-qmp-schema"),
@@ -62,6 +62,12 @@ pub const SENT: &[Sent] = &[
                 "pause-before-switchover",
                 "validate-uuid",
                 "multifd",
+                "auto-converge",
+                "xbzrle",
+                "zero-copy-send",
+                "postcopy-ram",
+                "postcopy-preempt",
+                "postcopy-blocktime",
             ],
         )],
     },
@@ -73,13 +79,59 @@ pub const SENT: &[Sent] = &[
             "tls-authz",
             "announce-rounds",
             "multifd-channels",
+            "multifd-zlib-level",
+            "multifd-zstd-level",
+            "xbzrle-cache-size",
+            "cpu-throttle-initial",
+            "cpu-throttle-increment",
+            "max-cpu-throttle",
             "max-bandwidth",
+            "max-postcopy-bandwidth",
             "downtime-limit",
         ],
-        words: &[],
+        words: &[("multifd-compression", &["none", "zlib", "zstd"])],
     },
-    Sent { command: "migrate", arguments: &["uri"], words: &[] },
+    Sent { command: "migrate", arguments: &["uri", "resume"], words: &[] },
     Sent { command: "migrate-incoming", arguments: &["uri"], words: &[] },
     Sent { command: "migrate-continue", arguments: &[], words: &[("state", &["pre-switchover"])] },
     plain("migrate_cancel"),
+    plain("migrate-start-postcopy"),
+    plain("migrate-pause"),
+    Sent { command: "migrate-recover", arguments: &["uri"], words: &[] },
+    Sent { command: "getfd", arguments: &["fdname"], words: &[] },
+    plain("add-fd"),
+    Sent { command: "remove-fd", arguments: &["fdset-id"], words: &[] },
+    Sent {
+        command: "calc-dirty-rate",
+        arguments: &["calc-time", "sample-pages"],
+        words: &[("mode", &["page-sampling", "dirty-bitmap", "dirty-ring"])],
+    },
+    plain("query-dirty-rate"),
+];
+
+/// What is sent beyond that, to a QEMU whose schema has it: 10.0 has all of this, 7.2 none.
+pub const SENT_WHERE_KNOWN: &[Sent] = &[
+    Sent { command: "migrate-incoming", arguments: &["exit-on-error"], words: &[] },
+    Sent {
+        command: "migrate-set-capabilities",
+        arguments: &[],
+        words: &[("capabilities/capability", &["mapped-ram"])],
+    },
+    Sent {
+        command: "migrate-set-parameters",
+        arguments: &["avail-switchover-bandwidth"],
+        words: &[],
+    },
+    Sent {
+        command: "calc-dirty-rate",
+        arguments: &[],
+        words: &[("calc-time-unit", &["millisecond"])],
+    },
+    Sent {
+        command: "query-dirty-rate",
+        arguments: &[],
+        words: &[("calc-time-unit", &["millisecond"])],
+    },
+    // Not sent, but looked for: with it, files can be named.
+    Sent { command: "migrate", arguments: &[], words: &[("channels/addr/transport", &["file"])] },
 ];

@@ -10,7 +10,7 @@ use whimbrel_qemu::event::EventKind;
 use whimbrel_qemu::machine::RunState;
 use whimbrel_qemu::migrate::incoming::{self, IncomingError, IncomingSettings};
 use whimbrel_qemu::migrate::outgoing::{self, Cancelled, Outgoing, OutgoingError};
-use whimbrel_qemu::migrate::{MigrationStatus, Statistics};
+use whimbrel_qemu::migrate::{MigrationStatus, Statistics, Stream};
 
 use crate::rig::{Guest, Lab, event, listening, moved, pairs, real_engines, slowly_to, soon, to};
 
@@ -303,10 +303,11 @@ async fn several_connections_move_a_guest() {
         let lab = Lab::new();
         let source = lab.start_running(&from, "source").await;
         let destination = lab.start(&onto, "destination", true).await;
-        let settings = IncomingSettings { multifd_channels: Some(2), ..listening(None) };
+        let stream = Stream { multifd_channels: Some(2), ..Stream::default() };
+        let settings = IncomingSettings { stream, ..listening(None) };
         let address = destination.listens_as(&settings).await;
         let mut settings = to(address, None);
-        settings.multifd_channels = Some(2);
+        settings.stream = stream;
         moved(&source, &destination, &settings).await;
     }
 }

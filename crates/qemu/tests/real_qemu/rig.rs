@@ -12,6 +12,7 @@ use whimbrel_qemu::command_line::{self, Boot, ConsoleSpec, CpuSpec, VmSpec};
 use whimbrel_qemu::engine::Accelerator;
 use whimbrel_qemu::event::{EventError, EventKind, Events, Timestamp};
 use whimbrel_qemu::machine::{Machine, RunState};
+use whimbrel_qemu::migrate::Stream;
 use whimbrel_qemu::migrate::incoming::{self, IncomingSettings, IncomingTls};
 use whimbrel_qemu::migrate::outgoing::{Outgoing, OutgoingSettings, OutgoingTls};
 use whimbrel_qemu::process::{Launch, Process, UnprivilegedUser};
@@ -274,19 +275,13 @@ pub(crate) fn listening(tls: Option<IncomingTls>) -> IncomingSettings {
     IncomingSettings {
         address: IpAddr::V4(Ipv4Addr::LOCALHOST),
         ports: 49152..=49215,
-        multifd_channels: None,
+        stream: Stream::default(),
         tls,
     }
 }
 
 pub(crate) fn to(address: std::net::SocketAddr, tls: Option<OutgoingTls>) -> OutgoingSettings {
-    OutgoingSettings {
-        to: address,
-        tls,
-        max_downtime_ms: 300,
-        max_bandwidth_bytes_per_second: 0,
-        multifd_channels: None,
-    }
+    OutgoingSettings::to(address, tls)
 }
 
 /// Starts a migration that reaches its last stage only after many seconds: the guest's empty

@@ -43,10 +43,10 @@ async fn a_guest_moves_between_the_named_hosts_with_one_and_more_connections() {
         let source = lab.start_running(&from, "source-2").await;
         let destination = lab.start(&onto, "destination-2", true).await;
         let mut incoming = listening(server(&dirs[1]));
-        incoming.multifd_channels = Some(2);
+        incoming.stream.multifd_channels = Some(2);
         let address = destination.listens_as(&incoming).await;
         let mut settings = to(address, client(&dirs[0], "host-b.qemu.whimbrel"));
-        settings.multifd_channels = Some(2);
+        settings.stream.multifd_channels = Some(2);
         moved(&source, &destination, &settings).await;
     }
 }
