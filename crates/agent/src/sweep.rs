@@ -38,10 +38,13 @@ pub async fn at_start(host: &Arc<Host>) -> Result<(), ApiError> {
     for record in ownerships.values() {
         let row = vms.iter().find(|row| row.definition.id == record.vm);
         let run = match record.standing {
-            Standing::Owned | Standing::Leaving { .. } | Standing::Released { .. } => {
+            Standing::Owned
+            | Standing::Leaving { .. }
+            | Standing::Released { .. }
+            | Standing::Serving { .. } => {
                 own_run(record, row, &runs)
             }
-            Standing::Expected { .. } => runs
+            Standing::Expected { .. } | Standing::Fetching { .. } => runs
                 .iter()
                 .find(|run| run.definition.id == record.vm && run.migration == record.migration),
             Standing::Gone { .. } | Standing::Refused { .. } => None,

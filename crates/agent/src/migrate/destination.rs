@@ -277,6 +277,7 @@ impl Arrival {
             Action::BeginCopy
             | Action::StopCopy
             | Action::ResumeGuest
+            | Action::LookForRest
             | Action::QuitSource
             | Action::AcceptCancel
             | Action::RefuseCancel => {

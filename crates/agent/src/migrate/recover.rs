@@ -71,7 +71,7 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
         end: OutgoingEnd::Open,
     });
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
-    let open = record.as_ref().filter(|record| is_open(record));
+    let open = record.as_ref().filter(|record| record.is_open());
     let Some(open) = open else {
         if ended.is_none() {
             report.end = end_of(record.as_ref());
@@ -80,7 +80,7 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
         host.migrations.open().outgoing.insert(row.id, ended);
         return Ok(());
     };
-    if matches!(open.standing, Standing::Released { .. }) {
+    if matches!(open.standing, Standing::Released { .. } | Standing::Serving { .. }) {
         report.phase = Phase::Handoff;
     }
     let run = host
@@ -111,13 +111,6 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
     Ok(())
 }
 
-fn is_open(record: &Ownership) -> bool {
-    matches!(
-        record.standing,
-        Standing::Leaving { .. } | Standing::Released { .. } | Standing::Expected { .. }
-    )
-}
-
 /// How an outgoing migration ended whose report the agent did not live to write.
 fn end_of(record: Option<&Ownership>) -> OutgoingEnd {
     match record.map(|record| &record.standing) {
@@ -145,7 +138,7 @@ async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let (offer, offered) = watch::channel(state.offer.map(Ok));
     let first_report = match &record.standing {
-        Standing::Owned => {
+        Standing::Owned | Standing::Fetching { .. } => {
             let vm = host.vms.report(row.vm).map_or(VmState::Stopped, |report| report.state);
             IncomingReport::Owned { epoch: record.epoch, vm }
         }
@@ -157,7 +150,7 @@ async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
     let ticket = state.ticket.clone();
     let known = Incoming { vm: row.vm, source, ticket, orders, offer: offered, report: reported };
     host.migrations.open().incoming.insert(row.id, known);
-    if !is_open(&record) {
+    if !record.is_open() {
         return Ok(());
     }
     let run = runs.iter().find(|run| run.migration == Some(row.id)).cloned();

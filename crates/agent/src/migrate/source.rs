@@ -508,6 +508,7 @@ impl Departure {
             Action::StartTarget
             | Action::CloseListeners
             | Action::ContinueGuest
+            | Action::LookForRest
             | Action::KillTarget
             | Action::Announce => {
                 error!(migration = %self.id, "the rules asked the source for a destination's action");
@@ -517,7 +518,8 @@ impl Departure {
     }
 
     async fn persist(&mut self, record: &Ownership) -> SourceInput {
-        let releasing = matches!(record.standing, Standing::Released { .. });
+        let releasing =
+            matches!(record.standing, Standing::Released { .. } | Standing::Serving { .. });
         let answer = self.write(record, releasing).await;
         if releasing {
             // Whether it was written or not: the guest stands still until somebody says whose it is.

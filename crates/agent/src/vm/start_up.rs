@@ -24,11 +24,11 @@ pub async fn find_all(host: &Arc<Host>) -> Result<(), ApiError> {
         let row = rows.remove(&vm);
         match &ownership.standing {
             Standing::Owned => take_up_owned(host, ownership, row, &runs).await?,
-            Standing::Leaving { .. } | Standing::Released { .. } => {
+            Standing::Leaving { .. } | Standing::Released { .. } | Standing::Serving { .. } => {
                 take_up_lent(host, ownership, row, &runs);
             }
             // Its migration's driver takes it up.
-            Standing::Expected { .. } => {}
+            Standing::Expected { .. } | Standing::Fetching { .. } => {}
             // Another host's; the agent ended before it had forgotten the VM.
             Standing::Gone { .. } | Standing::Refused { .. } => {
                 if row.is_some() {

@@ -331,7 +331,7 @@ fn published(definition: &VmDefinition, ownership: &Ownership, state: &State) ->
 fn owned_epoch(ownership: &Ownership) -> Epoch {
     match ownership.standing {
         // Epochs between were only tried.
-        Standing::Leaving { .. } | Standing::Released { .. } => {
+        Standing::Leaving { .. } | Standing::Released { .. } | Standing::Serving { .. } => {
             Epoch(ownership.epoch.0.saturating_sub(1))
         }
         _ => ownership.epoch,
@@ -344,7 +344,7 @@ pub(super) fn news_of(record: &Ownership) -> Option<(MigrationId, VmState)> {
     let ask = |to: &Name| VmState::Unresolved { migration, ask: to.clone() };
     match &record.standing {
         Standing::Leaving { .. } => Some((migration, VmState::Migrating { migration })),
-        Standing::Released { to } => Some((migration, ask(to))),
+        Standing::Released { to } | Standing::Serving { to } => Some((migration, ask(to))),
         _ => None,
     }
 }

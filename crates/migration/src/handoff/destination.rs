@@ -15,8 +15,12 @@ pub enum DestinationInput {
     Persisted,
     /// The last `Persist` failed. The record may be on the disk all the same.
     PersistFailed,
-    /// QEMU holds the whole state, stopped.
+    /// Post-copy: QEMU holds the guest's state, stopped; part of the memory is still to come.
+    StateLoaded,
+    /// QEMU holds the whole guest: stopped, or after `StateLoaded`, when the rest has come, too.
     Loaded,
+    /// The answer to `LookForRest`: QEMU lacks memory, and its stream has ended.
+    Starved,
     /// The source says something.
     Receive(Message),
     /// Time to try again what failed.
@@ -47,6 +51,8 @@ pub struct Destination {
     gone: bool,
     /// `Owned` may be on our disk: a refusal must then be durable to be true.
     maybe_owned: bool,
+    /// Part of the memory is still with the source's QEMU.
+    lacks: bool,
     state: State,
 }
 
@@ -56,14 +62,26 @@ enum State {
     Recording,
     /// QEMU waits for the state, or is receiving it.
     Preparing,
-    /// QEMU holds the whole state, stopped.
+    /// QEMU holds the guest's state, stopped.
     Ready,
     /// GO is here; listeners are being closed.
     Sealing,
-    /// `Owned` is being written.
-    Taking,
-    /// `Owned` is durable; the guest is being started.
-    Starting,
+    /// `Owned` is being written, or `Fetching` where memory is still to come.
+    Taking {
+        /// It is `Fetching`.
+        fetching: bool,
+    },
+    /// That is durable; the guest is being started.
+    Starting {
+        /// It is `Fetching`.
+        fetching: bool,
+    },
+    /// The VM is ours, and our record says that memory is still to come. Once it lacks nothing more, `Owned`
+    /// is being written.
+    Fetching {
+        /// The source has said that it can send nothing more.
+        lost: bool,
+    },
     /// Finished: the VM is ours.
     Owner,
     /// QEMU is being killed and `Refused` written; either makes the refusal true.
@@ -102,31 +120,67 @@ impl Destination {
     }
 
     fn new(claim: Claim, from: Name, state: State) -> Self {
-        Self { claim, from, intent: Intent::Pause, gone: false, maybe_owned: false, state }
+        let intent = Intent::Pause;
+        Self { claim, from, intent, gone: false, maybe_owned: false, lacks: false, state }
     }
 
     /// Rebuilds the destination of an open migration after a restart of its agent.
     pub(super) fn recover(record: &Ownership, observed: Observed) -> Option<(Self, Vec<Action>)> {
-        let Standing::Expected { from } = &record.standing else { return None };
-        let mut machine = Self::new(record.claim()?, from.clone(), State::Preparing);
+        let claim = record.claim()?;
+        match &record.standing {
+            Standing::Expected { from } => {
+                Some(Self::new(claim, from.clone(), State::Preparing).go_on_expected(observed))
+            }
+            Standing::Fetching { from } => {
+                let mut machine = Self::new(claim, from.clone(), State::Fetching { lost: false });
+                machine.intent = record.intent;
+                machine.maybe_owned = true;
+                Some(machine.go_on_fetching(observed))
+            }
+            _ => None,
+        }
+    }
+
+    fn go_on_expected(mut self, observed: Observed) -> (Self, Vec<Action>) {
         let actions = match observed {
             // One try, one QEMU: it is never started a second time.
             Observed::Gone => {
-                machine.gone = true;
-                machine.refuse(QEMU_DIED)
+                self.gone = true;
+                self.refuse(QEMU_DIED)
             }
             Observed::Incoming => Vec::new(),
-            Observed::Stopped => {
-                machine.state = State::Ready;
+            Observed::Stopped | Observed::Part => {
+                self.lacks = observed == Observed::Part;
+                self.state = State::Ready;
                 Vec::new()
             }
             // `Owned` is durable before `cont`, so this was not us.
-            Observed::Running => {
-                machine.state = State::Foul;
-                vec![Action::RaiseUnresolved]
-            }
+            Observed::Running => self.foul(),
         };
-        Some((machine, actions))
+        (self, actions)
+    }
+
+    /// The VM is ours. Whether all of its memory has come by now its QEMU will say.
+    fn go_on_fetching(mut self, observed: Observed) -> (Self, Vec<Action>) {
+        self.lacks = observed != Observed::Gone;
+        let actions = match observed {
+            Observed::Gone => {
+                self.gone = true;
+                vec![self.persist(Standing::Owned)]
+            }
+            Observed::Stopped | Observed::Part if self.intent == Intent::Run => {
+                vec![Action::ResumeGuest, Action::Announce]
+            }
+            Observed::Stopped | Observed::Part | Observed::Running => Vec::new(),
+            // It held the guest's state before we wrote the record.
+            Observed::Incoming => self.foul(),
+        };
+        (self, actions)
+    }
+
+    fn foul(&mut self) -> Vec<Action> {
+        self.state = State::Foul;
+        vec![Action::RaiseUnresolved]
     }
 
     /// What the migration's messages are about.
@@ -157,9 +211,15 @@ impl Destination {
         match input {
             DestinationInput::Persisted => self.persisted(),
             DestinationInput::PersistFailed => self.persist_failed(),
-            DestinationInput::Loaded if self.state == State::Preparing => {
-                self.state = State::Ready;
-                vec![self.send(Body::Loaded)]
+            DestinationInput::StateLoaded if self.state == State::Preparing => {
+                self.lacks = true;
+                self.ready()
+            }
+            DestinationInput::Loaded if self.state == State::Preparing => self.ready(),
+            DestinationInput::Loaded => self.lack_nothing(),
+            DestinationInput::Starved if self.state == (State::Fetching { lost: true }) => {
+                // Nobody has what it lacks: it will never run on.
+                if self.gone { Vec::new() } else { vec![Action::KillTarget] }
             }
             DestinationInput::Receive(message) if message.claim == self.claim => {
                 self.receive(message.body)
@@ -167,21 +227,30 @@ impl Destination {
             DestinationInput::Tick => self.tick(),
             DestinationInput::Abandon(why) => self.abandon(&why),
             DestinationInput::ListenersClosed if self.state == State::Sealing => {
-                self.state = State::Taking;
-                vec![self.persist(Standing::Owned)]
+                let fetching = self.lacks;
+                self.state = State::Taking { fetching };
+                vec![self.persist(if fetching { self.fetching() } else { Standing::Owned })]
             }
             DestinationInput::CloseFailed if self.state == State::Sealing => {
                 // The source sends GO again, and we try again.
                 self.state = State::Ready;
                 Vec::new()
             }
-            DestinationInput::Continued if self.state == State::Starting => self.own(true),
-            DestinationInput::ContinueFailed if self.state == State::Starting => {
+            DestinationInput::Continued => match self.state {
+                State::Starting { fetching } => self.own(fetching, true),
+                _ => Vec::new(),
+            },
+            DestinationInput::ContinueFailed if matches!(self.state, State::Starting { .. }) => {
                 self.refuse(CONTINUE_FAILED)
             }
             DestinationInput::QemuGone => self.qemu_gone(),
             _ => Vec::new(),
         }
+    }
+
+    fn ready(&mut self) -> Vec<Action> {
+        self.state = State::Ready;
+        vec![self.send(Body::Loaded)]
     }
 
     fn persisted(&mut self) -> Vec<Action> {
@@ -190,9 +259,13 @@ impl Destination {
                 self.state = State::Preparing;
                 vec![Action::StartTarget]
             }
-            State::Taking => {
+            &mut State::Taking { fetching } => {
                 self.maybe_owned = true;
-                self.start()
+                self.start(fetching)
+            }
+            State::Fetching { .. } if !self.lacks => {
+                self.state = State::Owner;
+                vec![self.send(Body::Fetched), Action::Settle(Outcome::Moved)]
             }
             State::Refusing { durable, .. } => {
                 *durable = true;
@@ -213,7 +286,7 @@ impl Destination {
                 self.gone = true;
                 self.refuse(LEDGER_FAILED)
             }
-            State::Taking => {
+            State::Taking { .. } => {
                 // It may be on the disk. The guest does not run without its record; the source
                 // sends GO again, and we write again.
                 self.maybe_owned = true;
@@ -235,7 +308,14 @@ impl Destination {
                 self.state = State::Sealing;
                 vec![Action::CloseListeners]
             }
-            (State::Owner, Body::Go { .. }) => vec![self.send(Body::Owned)],
+            (State::Owner | State::Fetching { .. }, Body::Go { .. }) => {
+                vec![self.send(Body::Owned)]
+            }
+            (State::Owner, Body::AskFetched | Body::Lost) => vec![self.send(Body::Fetched)],
+            (State::Fetching { lost: false }, Body::Lost) => {
+                self.state = State::Fetching { lost: true };
+                if self.lacks { vec![Action::LookForRest] } else { Vec::new() }
+            }
             (_, Body::Abandon) if self.may_abandon() => self.refuse(ABANDONED),
             (
                 State::Refusing { told: true, .. },
@@ -248,7 +328,12 @@ impl Destination {
     }
 
     fn tick(&mut self) -> Vec<Action> {
-        let State::Refusing { durable, .. } = self.state else { return Vec::new() };
+        let durable = match self.state {
+            State::Refusing { durable, .. } => durable,
+            State::Fetching { .. } if !self.lacks => return vec![self.persist(Standing::Owned)],
+            State::Fetching { lost: true } => return vec![Action::LookForRest],
+            _ => return Vec::new(),
+        };
         let mut actions = Vec::new();
         if !self.gone && (durable || !self.maybe_owned) {
             actions.push(Action::KillTarget);
@@ -272,7 +357,21 @@ impl Destination {
             State::Preparing | State::Ready | State::Sealing => self.refuse(QEMU_DIED),
             State::Refusing { .. } => self.tell_refusal(),
             // It may have run for an instant, so the VM is ours, and has crashed here.
-            State::Starting => self.own(false),
+            State::Starting { fetching } => {
+                self.lacks = false;
+                self.own(fetching, false)
+            }
+            State::Fetching { .. } => self.lack_nothing(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// All memory is here, or the guest has ended here: either way nothing more is needed of the
+    /// source's QEMU.
+    fn lack_nothing(&mut self) -> Vec<Action> {
+        let lacked = std::mem::replace(&mut self.lacks, false);
+        match self.state {
+            State::Fetching { .. } if lacked => vec![self.persist(Standing::Owned)],
             _ => Vec::new(),
         }
     }
@@ -281,28 +380,37 @@ impl Destination {
         matches!(self.state, State::Recording | State::Preparing | State::Ready)
     }
 
-    /// `Owned` is durable: start the guest, if it shall run and can.
-    fn start(&mut self) -> Vec<Action> {
+    /// `Owned` (or `Fetching`) is durable: start the guest, if it shall run and can.
+    fn start(&mut self, fetching: bool) -> Vec<Action> {
         if self.gone {
             // It ended before `cont`, so it never ran.
             return self.refuse(QEMU_DIED);
         }
         match self.intent {
             Intent::Run => {
-                self.state = State::Starting;
+                self.state = State::Starting { fetching };
                 vec![Action::ContinueGuest]
             }
-            Intent::Pause => self.own(false),
+            Intent::Pause => self.own(fetching, false),
         }
     }
 
-    fn own(&mut self, runs: bool) -> Vec<Action> {
-        self.state = State::Owner;
+    fn own(&mut self, fetching: bool, runs: bool) -> Vec<Action> {
         let mut actions = Vec::new();
         if runs {
             actions.push(Action::Announce);
         }
-        actions.extend([self.send(Body::Owned), Action::Settle(Outcome::Moved)]);
+        actions.push(self.send(Body::Owned));
+        if !fetching {
+            self.state = State::Owner;
+            actions.push(Action::Settle(Outcome::Moved));
+            return actions;
+        }
+        self.state = State::Fetching { lost: false };
+        if !self.lacks {
+            // The rest has come since the record was written.
+            actions.push(self.persist(Standing::Owned));
+        }
         actions
     }
 
@@ -340,6 +448,10 @@ impl Destination {
 
     const fn persist(&self, standing: Standing) -> Action {
         Action::Persist(Ownership::of(self.claim, self.intent, standing))
+    }
+
+    fn fetching(&self) -> Standing {
+        Standing::Fetching { from: self.from.clone() }
     }
 
     fn persist_expected(&self) -> Action {

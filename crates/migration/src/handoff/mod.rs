@@ -3,7 +3,7 @@
 //! Two state machines, [`Source`] and [`Destination`], take inputs and return actions. They do no
 //! I/O and know no clock; each agent has a *driver* that feeds the one and carries out the other.
 //! The checker in this crate's tests drives the same code through every order of events within
-//! its bounds. Only pre-copy is here; with post-copy, GO will be sent from `Copying`.
+//! its bounds.
 //!
 //! # The promise
 //! The guest runs on at most one host at any instant, whatever crashes and whichever message is
@@ -40,6 +40,44 @@
 //!   Persisted: finished
 //! ```
 //!
+//! # With post-copy
+//! The guest moves before all of its memory has: A's QEMU sends the guest's state, and the rest of
+//! the memory follows while the guest runs on B. The gate is the same one, in the same place: after
+//! the guest has stopped and before any `cont`. What differs is that A's QEMU is needed afterwards.
+//! ```text
+//!   StateSent -> Send AskLoaded   ------------>  StateLoaded
+//!   Receive Loaded                <------------    Send Loaded
+//!     Persist Serving{5, to B}
+//!   Persisted                                    ~~~ the point of no return is A's fsync ~~~
+//!     Send Go{intent}             ------------>  Receive Go
+//!                                                  CloseListeners, Persist Fetching{5, from A}
+//!                                                Persisted
+//!                                                  ContinueGuest       (guest runs on B)
+//!   Receive Owned                 <------------  Continued: Announce, Send Owned
+//!     Send AskFetched             ------------>  (answered at the end)
+//!        ......... A's QEMU sends the rest of the memory to B's .........
+//!   Completed, or                                Loaded
+//!   Receive Fetched                                Persist Owned{5}
+//!     QuitSource, Persist Gone{5},               Persisted
+//!     Settle(Moved)               <------------    Send Fetched, Settle(Moved)
+//! ```
+//! **Why the gate is not before `migrate-start-postcopy`.** With pause-before-switchover on A and
+//! `-S` on B nothing runs anywhere between A's stop and B's `cont`, so the release can wait until B
+//! holds the state. Until then A owns a guest whose memory is whole, and a cancel, a state that B
+//! cannot load and a B that dies all end at A. A release before the switchover would make each of
+//! them a VM that was given to a host that never held it.
+//!
+//! - From `Owned` until A's `Completed` or B's `Fetched` **nobody ends either QEMU**: not a cancel, a
+//!   lease, a restart or a sweep. The records say so: `Serving` and `Fetching`.
+//! - A cut network is nothing to these rules: both QEMUs wait, and the drivers bring them together.
+//! - If A's QEMU ends, or ends its stream for good, what B lacks is lost. A says `Lost` until it is
+//!   answered; B looks (`LookForRest`), and if it lacks memory and its stream has ended, it ends a
+//!   guest that can never run on. The VM has crashed on B. A's memory is older, and never runs.
+//! - If B's QEMU ends, the VM has crashed on B. B answers `Fetched`, which says that it needs nothing
+//!   more.
+//! - If B's host is gone for good, A keeps serving, tells the operator, and waits.
+//! - The rest may have come before the guest runs; then all is as without post-copy.
+//!
 //! # In doubt
 //! Once `Released` may be on its disk, A does not run the guest again unless B has refused: it
 //! sends GO again at every `Tick`. B answers `Owned`, or `Refused`, which is true for ever because
@@ -67,6 +105,9 @@
 //!      | Persisted Owned{6}                                           |            |    |
 //!      v                         Persisted Owned{6}: resume           |            |    v
 //!   Stayed (finished) <-----------------------------------------------+------------+  Moved
+//!
+//!  Post-copy: Copying -- StateSent --> Confirming, and while memory is still to be sent
+//!             InDoubt -- Owned --> Serving -- Completed, or Fetched: quit --> Retiring
 //! ```
 //!
 //! # States of the destination
@@ -84,6 +125,9 @@
 //!      | durable and killed                                              Owner (finished)
 //!      v
 //!   Refusing (finished)
+//!
+//!  Post-copy: Preparing -- StateLoaded --> Ready, and if memory is still to come when GO is taken
+//!             Starting -- Continued --> Fetching -- Loaded, or QemuGone; Persisted --> Owner
 //! ```
 //!
 //! # What a driver does
@@ -103,7 +147,8 @@
 //!    begins for that VM ([`NotAdmitted::Migrating`]).
 //! 2. The machine is finished when `is_finished()`; messages that come later go to [`answer`].
 //! 3. `Tick` comes every [`RESEND_INTERVAL_MS`], `Overdue` once, [`UNRESOLVED_AFTER_MS`] after the
-//!    release was written, or its writing has failed (by the monotonic clock; nothing depends on when exactly).
+//!    release was written, or its writing has failed (by the monotonic clock; nothing depends on when exactly);
+//!    and again where a B that fetches has been silent for as long.
 //! 4. Received messages are checked first: the peer's certificate must be that of `peer()` (or of
 //!    the controller relaying for it), and the message's `migration` selects the machine. A
 //!    message whose migration has no live machine goes to [`answer`].
@@ -112,13 +157,14 @@
 //! |---|---|---|
 //! | `Persist(record)` | writes the record under the key (vm, migration), replacing that key's older one, and fsyncs | `Persisted` or `PersistFailed` |
 //! | `Send(message)` | sends it to the peer by any path; does not wait, does not care | – |
-//! | `BeginCopy` (A) | starts QEMU's migration; reports `Completed` when QEMU says `completed` **and** `query-status` says `postmigrate` and all mirror jobs are concluded without error; any failure or deadline is `Fail` | – |
+//! | `BeginCopy` (A) | starts QEMU's migration; reports `Completed` when QEMU says `completed` **and** `query-status` says `postmigrate` and all mirror jobs are concluded without error; with post-copy `StateSent` before that (see below); any failure or deadline is `Fail` | – |
 //! | `StopCopy` (A) | cancels QEMU's migration if one is active and waits for its end; no-op otherwise | – |
-//! | `ResumeGuest` (A, or the owner after a restart) | `cont` unless the guest runs already; tries again until it works or QEMU is gone, and tells the operator meanwhile | – |
+//! | `ResumeGuest` (A, or the owner after a restart, B included while it fetches) | `cont` unless the guest runs already; tries again until it works or QEMU is gone, and tells the operator meanwhile | – |
 //! | `QuitSource` (A) | ends the source's QEMU, quit then kill; disks stay | – |
-//! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`, after any older one of this VM is gone; reports `Loaded` when the incoming migration is `completed` and the guest stopped; any failure is `Abandon` | – |
+//! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`, after any older one of this VM is gone; reports `Loaded` when the incoming migration is `completed` and the guest stopped, with post-copy `StateLoaded` before that (see below); any failure is `Abandon` | – |
 //! | `CloseListeners` (B) | stops the NBD server, checks that nothing listens for this VM any more | `ListenersClosed` or `CloseFailed` |
 //! | `ContinueGuest` (B) | `cont` | `Continued`; `ContinueFailed` **only** if QEMU answered with an error and says that it is not running; no answer at all: `QemuGone` when it is gone |
+//! | `LookForRest` (B) | asks QEMU, now, whether all memory is here (`completed`), or it lacks some and its stream has ended (`postcopy-paused`, and no new stream is being made) | `Loaded` or `Starved`; nothing where it is neither |
 //! | `KillTarget` (B) | SIGKILL to B's QEMU; does not wait | `QemuGone`, whenever it is gone (at once when there is none) |
 //! | `Announce` (B) | tells the network where the guest is now | – |
 //! | `AcceptCancel`, `RefuseCancel` | answers whoever gave `Cancel` | – |
@@ -127,6 +173,19 @@
 //!
 //! `QemuGone` is given whenever the host's own QEMU of this VM has ended, asked for or not.
 //! Nobody else may start, continue or kill the VM's QEMU while a machine lives.
+//!
+//! With post-copy the driver owes three proofs more: QEMU's words say less than they seem to.
+//! - `StateSent`: QEMU is `postcopy-active` before it sends the state, and may yet fail in sending
+//!   it. Only memory that it sent in post-copy (`postcopy-bytes` above 0), or `completed`, proves that the state has gone.
+//! - The guest is stopped by the driver (`stop`) before `migrate-start-postcopy`. One that QEMU has
+//!   stopped itself, QEMU lets run again by itself when the post-copy fails, and that can be after
+//!   the release.
+//! - `StateLoaded`: QEMU is `postcopy-active` before it has loaded the state, and takes a `cont` then
+//!   for a wish. The run state tells: `paused`, and no longer `inmigrate`.
+//!
+//! After `Owned` A's driver gives `Completed` when its QEMU says so, `StreamLost` when that says
+//! `failed` or `cancelled`; B's gives `Loaded` when its QEMU says `completed`. A restarted driver
+//! looks at once: what was said before it came is not said again.
 //!
 //! # The ledger
 //! Records have the key (vm, migration); a VM that was created here has one without migration. A
@@ -194,6 +253,12 @@ pub enum Body {
     Refused,
     /// Source: there will be no GO; take down what you have prepared.
     Abandon,
+    /// Source: do you still need my QEMU? Repeated until answered.
+    AskFetched,
+    /// Source: my QEMU can send nothing more; what you lack is lost. Repeated until answered.
+    Lost,
+    /// Destination: I need nothing more from your QEMU: all memory is here, or the guest has ended.
+    Fetched,
     /// Destination: my ledger has never heard of this migration. Proves nothing: a ledger can be
     /// lost.
     Unknown,
@@ -212,6 +277,7 @@ pub enum Action {
     StartTarget,
     CloseListeners,
     ContinueGuest,
+    LookForRest,
     KillTarget,
     Announce,
     AcceptCancel,
@@ -229,6 +295,8 @@ pub enum Observed {
     Incoming,
     /// It holds a whole guest that does not run.
     Stopped,
+    /// It holds a guest's state, does not run it, and lacks part of its memory (post-copy).
+    Part,
     /// The guest runs.
     Running,
 }
@@ -255,16 +323,18 @@ pub enum Recovered {
 #[must_use]
 pub fn recover(record: &Ownership, observed: Observed) -> (Recovered, Vec<Action>) {
     match &record.standing {
-        Standing::Leaving { .. } | Standing::Released { .. } => {
+        Standing::Leaving { .. } | Standing::Released { .. } | Standing::Serving { .. } => {
             match Source::recover(record, observed) {
                 Some((source, actions)) => (Recovered::Source(source), actions),
                 None => (Recovered::Bystander, Vec::new()),
             }
         }
-        Standing::Expected { .. } => match Destination::recover(record, observed) {
-            Some((destination, actions)) => (Recovered::Destination(destination), actions),
-            None => (Recovered::Bystander, Vec::new()),
-        },
+        Standing::Expected { .. } | Standing::Fetching { .. } => {
+            match Destination::recover(record, observed) {
+                Some((destination, actions)) => (Recovered::Destination(destination), actions),
+                None => (Recovered::Bystander, Vec::new()),
+            }
+        }
         Standing::Owned => {
             let stopped = observed == Observed::Stopped && record.intent == Intent::Run;
             let actions =
@@ -287,7 +357,8 @@ fn unless_gone(observed: Observed, action: Action) -> Vec<Action> {
 #[must_use]
 pub fn answer(record: Option<&Ownership>, message: &Message) -> Option<Message> {
     let reply = |body| Some(Message { claim: message.claim, body });
-    let asked = matches!(message.body, Body::AskLoaded | Body::Go { .. });
+    let asked =
+        matches!(message.body, Body::AskLoaded | Body::Go { .. } | Body::AskFetched | Body::Lost);
     let Some(record) = record else {
         return if asked { reply(Body::Unknown) } else { None };
     };
@@ -295,7 +366,8 @@ pub fn answer(record: Option<&Ownership>, message: &Message) -> Option<Message> 
         return None;
     }
     match (&record.standing, message.body) {
-        (Standing::Owned, Body::Go { .. }) => reply(Body::Owned),
+        (Standing::Owned | Standing::Fetching { .. }, Body::Go { .. }) => reply(Body::Owned),
+        (Standing::Owned, Body::AskFetched | Body::Lost) => reply(Body::Fetched),
         (Standing::Refused { .. }, Body::AskLoaded | Body::Go { .. } | Body::Abandon) => {
             reply(Body::Refused)
         }

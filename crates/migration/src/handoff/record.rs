@@ -70,10 +70,21 @@ pub enum Standing {
         /// The destination, which decides.
         to: Name,
     },
+    /// Like `Released`, and this host's QEMU still holds memory that the destination lacks
+    /// (post-copy): it is needed until the destination says that it needs nothing more.
+    Serving {
+        /// The destination, which decides.
+        to: Name,
+    },
     /// This host has given the VM away, and the destination has confirmed.
     Gone {
         /// The owner after this host.
         to: Name,
+    },
+    /// This host owns the VM, and part of its memory is still with the former owner (post-copy).
+    Fetching {
+        /// The former owner, whose QEMU must live until everything is here.
+        from: Name,
     },
     /// This host may be given the VM.
     Expected {
@@ -97,7 +108,23 @@ impl Ownership {
     /// Whether this record, being the host's current one, lets this host run the guest.
     #[must_use]
     pub const fn may_run(&self) -> bool {
-        matches!(self.standing, Standing::Owned | Standing::Leaving { .. })
+        matches!(
+            self.standing,
+            Standing::Owned | Standing::Leaving { .. } | Standing::Fetching { .. }
+        )
+    }
+
+    /// Whether the record says that a migration is open here, which a restarted agent takes up.
+    #[must_use]
+    pub const fn is_open(&self) -> bool {
+        match self.standing {
+            Standing::Leaving { .. }
+            | Standing::Released { .. }
+            | Standing::Serving { .. }
+            | Standing::Fetching { .. }
+            | Standing::Expected { .. } => true,
+            Standing::Owned | Standing::Gone { .. } | Standing::Refused { .. } => false,
+        }
     }
 
     /// The claim that the record is about, if it stems from a migration.
@@ -174,7 +201,10 @@ pub(super) fn admit_source(
             Err(NotAdmitted::StaleEpoch { offered: claim.epoch, known: current.epoch })
         }
         Standing::Owned => Ok(()),
-        Standing::Leaving { .. } => Err(migrating(current)),
+        // A guest whose memory is still on its way is no whole guest to send on.
+        Standing::Leaving { .. } | Standing::Serving { .. } | Standing::Fetching { .. } => {
+            Err(migrating(current))
+        }
         Standing::Released { to } => Err(NotAdmitted::InDoubt { ask: to.clone() }),
         Standing::Gone { .. } | Standing::Expected { .. } | Standing::Refused { .. } => {
             Err(NotAdmitted::NotOwner)
@@ -195,7 +225,10 @@ pub(super) fn admit_destination(
     let Some(current) = current else { return Ok(()) };
     match &current.standing {
         Standing::Owned => Err(NotAdmitted::OwnedHere),
-        Standing::Leaving { .. } | Standing::Expected { .. } => Err(migrating(current)),
+        Standing::Leaving { .. }
+        | Standing::Serving { .. }
+        | Standing::Fetching { .. }
+        | Standing::Expected { .. } => Err(migrating(current)),
         Standing::Released { to } => Err(NotAdmitted::InDoubt { ask: to.clone() }),
         Standing::Gone { .. } | Standing::Refused { .. } if offer.epoch <= current.epoch => {
             Err(NotAdmitted::StaleEpoch { offered: offer.epoch, known: current.epoch })
@@ -205,6 +238,6 @@ pub(super) fn admit_destination(
 }
 
 fn migrating(record: &Ownership) -> NotAdmitted {
-    // Both states stem from a migration; a record without one is broken, and not the owner's word.
+    // All of these stem from a migration; a record without one is broken, and not the owner's word.
     record.migration.map_or(NotAdmitted::NotOwner, NotAdmitted::Migrating)
 }

@@ -15,8 +15,13 @@ pub enum SourceInput {
     Persisted,
     /// The last `Persist` failed. The record may be on the disk all the same.
     PersistFailed,
-    /// QEMU has sent everything and stands still.
+    /// Post-copy: QEMU stands still and has certainly sent the guest's state; memory is still to follow.
+    StateSent,
+    /// QEMU has sent everything and stands still. After `StateSent`: the rest has been sent, too.
     Completed,
+    /// Post-copy: QEMU lives and will never send the rest (it says `failed` or `cancelled`). Only
+    /// from the release on; before, it is a `Fail`.
+    StreamLost,
     /// The destination says something.
     Receive(Message),
     /// Time to ask again.
@@ -27,7 +32,8 @@ pub enum SourceInput {
     Fail(String),
     /// The source's QEMU has ended.
     QemuGone,
-    /// The release, or its failed write, is [`super::UNRESOLVED_AFTER_MS`] ago.
+    /// The release, or its failed write, is [`super::UNRESOLVED_AFTER_MS`] ago; or the destination that
+    /// still fetches has not been heard of for as long.
     Overdue,
 }
 
@@ -39,7 +45,19 @@ pub struct Source {
     intent: Intent,
     /// Whether the source's QEMU still holds the guest.
     alive: bool,
+    rest: Rest,
     state: State,
+}
+
+/// The memory that the destination lacks after `StateSent`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Rest {
+    /// There is none: nothing is sent in two parts, or both have been sent.
+    None,
+    /// Our QEMU has it, and sends it.
+    Here,
+    /// Our QEMU has ended, or has ended the stream: nobody will ever send it.
+    Lost,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -66,6 +84,11 @@ enum State {
     Reclaiming,
     /// The guest has been resumed; its record is being written, and then the outcome reported.
     Staying { why: String },
+    /// The destination owns the VM and fetches memory from our QEMU.
+    Serving {
+        /// The operator has been told that the destination is silent.
+        raised: bool,
+    },
     /// The destination owns the VM; our record is being written.
     Retiring,
     /// Finished: the VM stayed here.
@@ -97,8 +120,8 @@ impl Source {
         admit_source(current, spent, claim)?;
         let leaving = Standing::Leaving { to: to.clone() };
         let actions = vec![Action::Persist(Ownership::of(claim, current.intent, leaving))];
-        let state = State::Recording;
-        Ok((Self { claim, to, intent: current.intent, alive: true, state }, actions))
+        let (intent, rest, state) = (current.intent, Rest::None, State::Recording);
+        Ok((Self { claim, to, intent, alive: true, rest, state }, actions))
     }
 
     /// Rebuilds the source of an open migration after a restart of its agent: one that had not
@@ -106,21 +129,29 @@ impl Source {
     pub(super) fn recover(record: &Ownership, observed: Observed) -> Option<(Self, Vec<Action>)> {
         let claim = record.claim()?;
         let alive = observed != Observed::Gone;
-        let source =
-            |to: &Name, state| Self { claim, to: to.clone(), intent: record.intent, alive, state };
-        match &record.standing {
+        let source = |to: &Name, rest, state| Self {
+            claim,
+            to: to.clone(),
+            intent: record.intent,
+            alive,
+            rest,
+            state,
+        };
+        let (mut source, aborts) = match &record.standing {
             Standing::Leaving { to } => {
-                let mut source = source(to, State::Copying { loaded: false });
-                let actions = source.abort(AGENT_RESTARTED);
-                Some((source, actions))
+                (source(to, Rest::None, State::Copying { loaded: false }), true)
             }
             Standing::Released { to } => {
-                let source = source(to, State::InDoubt { raised: false });
-                let go = source.go();
-                Some((source, vec![go]))
+                (source(to, Rest::None, State::InDoubt { raised: false }), false)
             }
-            _ => None,
-        }
+            Standing::Serving { to } => {
+                let rest = if alive { Rest::Here } else { Rest::Lost };
+                (source(to, rest, State::InDoubt { raised: false }), false)
+            }
+            _ => return None,
+        };
+        let actions = if aborts { source.abort(AGENT_RESTARTED) } else { vec![source.go()] };
+        Some((source, actions))
     }
 
     /// What the migration's messages are about.
@@ -150,9 +181,17 @@ impl Source {
             State::Releasing
                 | State::InDoubt { .. }
                 | State::Reclaiming
+                | State::Serving { .. }
                 | State::Retiring
                 | State::Moved
         )
+    }
+
+    /// Whether the VM is the destination's and our QEMU is still needed there: from here until
+    /// `Retiring` it must not be ended by anybody.
+    #[must_use]
+    pub const fn is_serving(&self) -> bool {
+        matches!(self.state, State::Serving { .. })
     }
 
     /// Takes one input and says what to do about it. An input that means nothing in the present
@@ -161,7 +200,10 @@ impl Source {
         match input {
             SourceInput::Persisted => self.persisted(),
             SourceInput::PersistFailed => self.persist_failed(),
+            SourceInput::StateSent => self.state_sent(),
             SourceInput::Completed => self.completed(),
+            SourceInput::StreamLost if self.is_past_release() => self.lose_rest(),
+            SourceInput::StreamLost => Vec::new(),
             SourceInput::Receive(message) if message.claim == self.claim => {
                 self.receive(message.body)
             }
@@ -217,15 +259,32 @@ impl Source {
         }
     }
 
+    fn state_sent(&mut self) -> Vec<Action> {
+        if !matches!(self.state, State::Copying { .. }) {
+            return Vec::new();
+        }
+        self.rest = Rest::Here;
+        self.sent()
+    }
+
     fn completed(&mut self) -> Vec<Action> {
         match self.state {
-            State::Copying { loaded: true } => self.release(),
-            State::Copying { loaded: false } => {
-                self.state = State::Confirming;
-                vec![self.send(Body::AskLoaded)]
+            State::Copying { .. } => self.sent(),
+            State::Serving { .. } => self.retire(),
+            _ => {
+                self.rest = Rest::None;
+                Vec::new()
             }
-            _ => Vec::new(),
         }
+    }
+
+    /// The destination can hold what it needs to run the guest.
+    fn sent(&mut self) -> Vec<Action> {
+        if self.state == (State::Copying { loaded: true }) {
+            return self.release();
+        }
+        self.state = State::Confirming;
+        vec![self.send(Body::AskLoaded)]
     }
 
     fn receive(&mut self, body: Body) -> Vec<Action> {
@@ -246,11 +305,13 @@ impl Source {
                 self.state = State::Reclaiming;
                 vec![self.persist_owned()]
             }
+            (State::InDoubt { .. }, Body::Owned) if self.rest == Rest::None => self.retire(),
             (State::InDoubt { .. }, Body::Owned) => {
-                self.state = State::Retiring;
-                vec![Action::QuitSource, self.persist_gone(), Action::Settle(Outcome::Moved)]
+                self.state = State::Serving { raised: false };
+                vec![self.ask_fetched()]
             }
-            (State::InDoubt { .. }, Body::Unknown) => self.overdue(),
+            (State::InDoubt { .. } | State::Serving { .. }, Body::Fetched) => self.retire(),
+            (State::InDoubt { .. } | State::Serving { .. }, Body::Unknown) => self.overdue(),
             _ => Vec::new(),
         }
     }
@@ -259,6 +320,7 @@ impl Source {
         match self.state {
             State::Confirming => vec![self.send(Body::AskLoaded)],
             State::InDoubt { .. } => vec![self.go()],
+            State::Serving { .. } => vec![self.ask_fetched()],
             State::Retracting => self.retract(),
             State::Staying { .. } => vec![self.persist_owned()],
             State::Retiring => vec![self.persist_gone()],
@@ -282,14 +344,26 @@ impl Source {
         match self.state {
             // The destination cannot have everything.
             State::Recording | State::Copying { .. } => self.abort(SOURCE_DIED),
+            State::Confirming if self.rest == Rest::Here => self.abort(SOURCE_DIED),
             // It may have everything: then the guest lives on there.
-            _ => Vec::new(),
+            _ => self.lose_rest(),
         }
+    }
+
+    /// Nobody will ever send what the destination lacks, if it lacks anything: it is told, and
+    /// says when nothing of this migration is left there.
+    fn lose_rest(&mut self) -> Vec<Action> {
+        if self.rest != Rest::Here {
+            return Vec::new();
+        }
+        self.rest = Rest::Lost;
+        if self.is_serving() { vec![self.ask_fetched()] } else { Vec::new() }
     }
 
     fn overdue(&mut self) -> Vec<Action> {
         match self.state {
             State::InDoubt { raised: false } => self.state = State::InDoubt { raised: true },
+            State::Serving { raised: false } => self.state = State::Serving { raised: true },
             // Neither our ledger nor the destination says whether the VM was given away.
             State::Retracting => {}
             _ => return Vec::new(),
@@ -304,6 +378,7 @@ impl Source {
     /// Ends a migration that was not released: we own the VM, so the guest resumes at once and the
     /// records follow.
     fn abort(&mut self, why: &str) -> Vec<Action> {
+        self.rest = Rest::None;
         let mut actions = vec![Action::StopCopy];
         actions.extend(self.resume(why));
         actions.push(self.send(Body::Abandon));
@@ -315,11 +390,15 @@ impl Source {
     /// it is durable: until then a restarted agent may find that nothing was ever begun.
     fn resume(&mut self, why: &str) -> Vec<Action> {
         self.state = State::Staying { why: why.to_owned() };
-        if self.alive && self.intent == Intent::Run {
-            vec![Action::ResumeGuest]
-        } else {
-            Vec::new()
+        let mut actions = Vec::new();
+        if std::mem::replace(&mut self.rest, Rest::None) != Rest::None {
+            // QEMU is in the middle of a post-copy that nobody wants any more.
+            actions.push(Action::StopCopy);
         }
+        if self.alive && self.intent == Intent::Run {
+            actions.push(Action::ResumeGuest);
+        }
+        actions
     }
 
     /// Resumes the guest after its record has been written.
@@ -332,11 +411,25 @@ impl Source {
 
     fn release(&mut self) -> Vec<Action> {
         self.state = State::Releasing;
-        vec![self.persist(Standing::Released { to: self.to.clone() })]
+        let to = self.to.clone();
+        vec![self.persist(match self.rest {
+            Rest::None => Standing::Released { to },
+            Rest::Here | Rest::Lost => Standing::Serving { to },
+        })]
+    }
+
+    /// The destination owns the VM and needs nothing more from here.
+    fn retire(&mut self) -> Vec<Action> {
+        self.state = State::Retiring;
+        vec![Action::QuitSource, self.persist_gone(), Action::Settle(Outcome::Moved)]
     }
 
     fn retract(&self) -> Vec<Action> {
         vec![self.send(Body::Abandon), self.persist_owned()]
+    }
+
+    fn ask_fetched(&self) -> Action {
+        self.send(if self.rest == Rest::Lost { Body::Lost } else { Body::AskFetched })
     }
 
     fn go(&self) -> Action {

@@ -4,6 +4,8 @@ use super::*;
 use crate::names::{Epoch, MigrationId, Name, VmId};
 use proptest::prelude::*;
 
+mod postcopy;
+
 fn name(text: &str) -> Name {
     Name::new(text).unwrap()
 }
@@ -462,7 +464,7 @@ fn records_keep_their_form() {
     assert_eq!(serde_json::from_value::<Message>(json).unwrap(), go);
 }
 
-const BODIES: [Body; 7] = [
+const BODIES: [Body; 10] = [
     Body::AskLoaded,
     Body::Loaded,
     Body::Go { intent: Intent::Run },
@@ -470,6 +472,9 @@ const BODIES: [Body; 7] = [
     Body::Refused,
     Body::Abandon,
     Body::Unknown,
+    Body::AskFetched,
+    Body::Lost,
+    Body::Fetched,
 ];
 
 fn any_source_input(claim: Claim) -> impl Strategy<Value = SourceInput> {
@@ -477,6 +482,8 @@ fn any_source_input(claim: Claim) -> impl Strategy<Value = SourceInput> {
         3 => Just(SourceInput::Persisted),
         1 => Just(SourceInput::PersistFailed),
         2 => Just(SourceInput::Completed),
+        2 => Just(SourceInput::StateSent),
+        1 => Just(SourceInput::StreamLost),
         6 => (0..BODIES.len()).prop_map(move |at| {
             SourceInput::Receive(Message { claim, body: BODIES[at] })
         }),
@@ -493,6 +500,8 @@ fn any_destination_input(claim: Claim) -> impl Strategy<Value = DestinationInput
         3 => Just(DestinationInput::Persisted),
         1 => Just(DestinationInput::PersistFailed),
         2 => Just(DestinationInput::Loaded),
+        2 => Just(DestinationInput::StateLoaded),
+        1 => Just(DestinationInput::Starved),
         6 => (0..BODIES.len()).prop_map(move |at| {
             DestinationInput::Receive(Message { claim, body: BODIES[at] })
         }),
