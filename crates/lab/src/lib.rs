@@ -50,7 +50,7 @@ pub use plan::{
     Rate, SYSTEM_ENGINE, cache_dir, guest_address,
 };
 pub use pool::{NETWORK, STORAGE, vm_definition};
-pub use probe::{DATAGRAM_PERIOD, Probe, ProbeReport};
+pub use probe::{DATAGRAM_PERIOD, Gap, Probe, ProbeReport};
 pub use processes::Process;
 pub use status::{ControllerStatus, HostStatus, Status};
 pub use whimbrel_guest::report;

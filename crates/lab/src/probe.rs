@@ -11,7 +11,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use whimbrel_guest::report::{ECHO_PORT, STREAM_PORT};
@@ -32,6 +32,10 @@ const LAST_ECHOES: Duration = Duration::from_millis(300);
 const STALL_MAX: Duration = Duration::from_secs(30);
 /// The probe's threads go before everything else (-20 to 19, 0 is usual): they do little, and measure waiting.
 const PRIORITY: i32 = -20;
+/// A silence of the guest is kept in the list of gaps if it is at least this long.
+const GAP_MIN: Duration = Duration::from_millis(5);
+/// The gaps that are kept of one stretch of time; of more, the longest.
+const GAPS_MAX: usize = 32;
 /// How often a thread that waits looks whether it is to stop.
 const STOP_POLL: Duration = Duration::from_millis(50);
 
@@ -49,6 +53,9 @@ pub struct ProbeReport {
     pub lost: u64,
     /// The longest time between two echoes.
     pub longest_gap_ms: f64,
+    /// The silences that are worth a look, in their order; of very many, the longest.
+    #[serde(default)]
+    pub gaps: Vec<Gap>,
     /// The longest time between two datagrams that the probe itself managed to send: what it could not see.
     pub own_longest_gap_ms: f64,
     /// The longest time from a datagram to its echo.
@@ -61,6 +68,30 @@ pub struct ProbeReport {
     pub stream_bytes: u64,
     /// The longest time in which no byte of the stream came back.
     pub stream_longest_stall_ms: f64,
+}
+
+/// A time in which nothing was heard of the guest.
+///
+/// It is longer than the guest's pause: what was sent after the guest ran again waits until it answers. So the datagrams
+/// *lost* tell how long nobody was there, and the gap how long nobody answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gap {
+    /// The last echo before it: microseconds since 1970 by this machine's clock.
+    pub began_us: u64,
+    /// From that echo to the next.
+    pub ms: f64,
+    /// Datagrams that were lost in it.
+    pub lost: u64,
+}
+
+impl Gap {
+    /// Whether a moment, in microseconds since 1970, lies in it.
+    #[must_use]
+    pub fn holds(&self, at_us: u64) -> bool {
+        let length_us = (self.ms * 1e3) as u64;
+        (self.began_us..=self.began_us.saturating_add(length_us)).contains(&at_us)
+    }
 }
 
 /// A running probe; it ends when it is dropped.
@@ -91,6 +122,7 @@ struct Seen {
     last_sent: Instant,
     last_echo: Instant,
     longest_gap: Duration,
+    gaps: Vec<Gap>,
     own_longest_gap: Duration,
     longest_round_trip: Duration,
     stream_bytes: u64,
@@ -247,10 +279,11 @@ impl Shared {
         if half(0) < seen.next_echo {
             return;
         }
-        seen.lost += half(0) - seen.next_echo;
+        let lost = half(0) - seen.next_echo;
+        seen.lost += lost;
         seen.next_echo = half(0) + 1;
         seen.received += 1;
-        seen.longest_gap = seen.longest_gap.max(now.duration_since(seen.last_echo));
+        seen.note_gap(now, lost);
         seen.last_echo = now;
         let round_trip = now.duration_since(began).saturating_sub(Duration::from_nanos(half(8)));
         seen.longest_round_trip = seen.longest_round_trip.max(round_trip);
@@ -326,12 +359,32 @@ impl Seen {
             last_sent: now,
             last_echo: now,
             longest_gap: Duration::ZERO,
+            gaps: Vec::new(),
             own_longest_gap: Duration::ZERO,
             longest_round_trip: Duration::ZERO,
             stream_bytes: 0,
             last_piece: now,
             longest_stall: Duration::ZERO,
             stream_error: None,
+        }
+    }
+
+    /// The silence that ends now.
+    fn note_gap(&mut self, now: Instant, lost: u64) {
+        let length = now.duration_since(self.last_echo);
+        self.longest_gap = self.longest_gap.max(length);
+        if length < GAP_MIN {
+            return;
+        }
+        let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let began_us = ended.saturating_sub(length).as_micros() as u64;
+        self.gaps.push(Gap { began_us, ms: length.as_secs_f64() * 1000.0, lost });
+        if self.gaps.len() > GAPS_MAX {
+            let shortest =
+                self.gaps.iter().enumerate().min_by(|(_, a), (_, b)| a.ms.total_cmp(&b.ms));
+            if let Some((index, _)) = shortest {
+                self.gaps.remove(index);
+            }
         }
     }
 
@@ -344,6 +397,7 @@ impl Seen {
             received: self.received,
             lost: self.lost,
             longest_gap_ms: ms(self.longest_gap.max(open(self.last_echo))),
+            gaps: self.gaps.clone(),
             own_longest_gap_ms: ms(self.own_longest_gap.max(open(self.last_sent))),
             longest_round_trip_ms: ms(self.longest_round_trip),
             stream_unbroken: self.stream_error.is_none(),
@@ -407,6 +461,9 @@ mod tests {
         let report = probe.take();
         assert_eq!((report.received, report.lost), (70, 30));
         assert!(report.longest_gap_ms >= 29.0, "{report:?}");
+        let gap = report.gaps.iter().max_by_key(|gap| gap.lost).unwrap();
+        assert_eq!(gap.lost, 30);
+        assert!(gap.holds(gap.began_us + 10_000) && !gap.holds(gap.began_us - 1), "{gap:?}");
         guest.echo(50, 0..0);
         wait_until(|| probe.shared.lock().received == 50);
         assert_eq!(probe.take().lost, 0, "what was reported once is not reported again");
