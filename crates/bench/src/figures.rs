@@ -33,20 +33,20 @@ pub(crate) struct Figure {
 /// What a figure is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-enum Target {
+pub(crate) enum Target {
     AtMost(f64),
     AtLeast(f64),
 }
 
 impl Target {
-    fn is_met(self, value: f64) -> bool {
+    pub(crate) fn is_met(self, value: f64) -> bool {
         match self {
             Self::AtMost(most) => value <= most,
             Self::AtLeast(least) => value >= least,
         }
     }
 
-    fn text(self, unit: &str) -> String {
+    pub(crate) fn text(self, unit: &str) -> String {
         match self {
             Self::AtMost(most) => format!("<= {most} {unit}"),
             Self::AtLeast(least) => format!(">= {least} {unit}"),
@@ -121,14 +121,26 @@ fn of_moves(group: &mut Group<'_>, moves: &[Move]) {
     let off = worst(&all(&Move::disagreement_ms));
     group.at_most("the agents' own figure is off by, worst", off, "ms", 2.0);
 
+    // The probe sends one datagram a millisecond.
+    let silent = all(&|one| one.pause_seen.lost as f64);
+    group.at_most(
+        "the pause by the probe (packets lost, one a ms), median",
+        median(&silent),
+        "ms",
+        15.0,
+    );
+    group.at_most("the pause by the probe, worst", worst(&silent), "ms", 40.0);
+    let answer = all(&|one| one.pause_seen.ms);
+    group.tell("last answer before the pause to the first after, median", median(&answer), "ms");
+    group.tell("last answer before the pause to the first after, worst", worst(&answer), "ms");
     let gaps = all(&|one| one.network.longest_gap_ms);
-    group.tell("longest gap that the probe saw, median", median(&gaps), "ms");
-    group.tell("longest gap that the probe saw, worst", worst(&gaps), "ms");
+    group.tell("longest gap in the whole move, median", median(&gaps), "ms");
+    group.tell("longest gap in the whole move, worst", worst(&gaps), "ms");
     let own = worst(&all(&|one| one.network.own_longest_gap_ms));
     group.tell("  the probe's own longest pause", own, "ms");
     let lost = all(&|one| one.network.lost as f64);
-    group.tell("packets lost in a move, of one a millisecond, median", median(&lost), "");
-    group.tell("packets lost in a move, worst", worst(&lost), "");
+    group.tell("packets lost in the whole move, median", median(&lost), "");
+    group.tell("packets lost in the whole move, worst", worst(&lost), "");
     let broken = moves.iter().filter(|one| !one.network.stream_unbroken).count();
     group.at_most("TCP streams broken", broken as f64, "", 0.0);
 
@@ -144,7 +156,7 @@ fn of_moves(group: &mut Group<'_>, moves: &[Move]) {
 }
 
 /// The middle one; between two middle ones, their mean. 0 of nothing.
-fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
@@ -155,20 +167,13 @@ fn median(values: &[f64]) -> f64 {
     }
 }
 
-fn worst(values: &[f64]) -> f64 {
+pub(crate) fn worst(values: &[f64]) -> f64 {
     values.iter().copied().fold(0.0, f64::max)
 }
 
 /// The table for people.
 pub(crate) fn table(machine: &Machine, figures: &[Figure]) -> String {
-    let mut text = format!(
-        "{} × {}, Linux {}, load {} at the beginning, {}\n",
-        machine.processors,
-        machine.processor,
-        machine.kernel,
-        machine.load,
-        machine.began.strftime("%Y-%m-%d %H:%M:%SZ")
-    );
+    let mut text = format!("{}\n", machine.words());
     let mut group = "";
     for figure in figures {
         if figure.group != group {

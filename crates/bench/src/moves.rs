@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 use whimbrel_api::Downtime;
-use whimbrel_lab::{Probe, ProbeReport};
+use whimbrel_lab::{Gap, Probe, ProbeReport};
 
 use crate::say;
 use crate::stage::{Engine, Guest, Moved, Shape, Stage};
@@ -52,6 +52,8 @@ pub(crate) struct Move {
     pub(crate) passes: u64,
     /// What the probe saw.
     pub(crate) network: ProbeReport,
+    /// What of it belongs to the pause: the gap in which the guest stopped. Others are the engine's, at the beginning of a copy.
+    pub(crate) pause_seen: Gap,
 }
 
 impl Move {
@@ -65,7 +67,7 @@ impl Move {
 pub(crate) fn measure(stage: &Stage, engine: &Engine, count: u32) -> Result<Moves> {
     let [home, other] = engine.hosts;
     let name = format!("idle-{}", engine.version.replace('.', "-"));
-    let shape = Shape { name, number: 0, memory: "1GiB", filled_mib: FILLED_MIB, words: "" };
+    let shape = Shape { name, number: 0, memory_mib: 1024, filled_mib: FILLED_MIB, words: "" };
     let guest = stage.start(&shape, engine, home)?;
     guest.wait_filled()?;
     let runs_on = guest.vm()?.engine.context("the guest has no engine")?;
@@ -120,6 +122,12 @@ impl Move {
             destination_start_ms: progress.destination_start_ms.unwrap_or(0),
             bytes: progress.transferred_bytes,
             passes: progress.passes,
+            pause_seen: network
+                .gaps
+                .iter()
+                .find(|gap| gap.holds(stopped))
+                .copied()
+                .unwrap_or_default(),
             network,
         })
     }
