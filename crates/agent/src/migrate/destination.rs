@@ -12,7 +12,6 @@
 //!
 //! Not here: HTTP, the source's side, who may ask (all in [`super`]).
 
-use std::collections::VecDeque;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -21,7 +20,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::yield_now;
-use tokio::time::{Interval, MissedTickBehavior, interval, sleep};
+use tokio::time::{Interval, sleep};
 use tracing::{debug, error, info, warn};
 use whimbrel_api::agent::{Handoff, IncomingOffer, IncomingReport, IncomingRequest, Resumed};
 use whimbrel_api::error::chain;
@@ -38,9 +37,9 @@ use whimbrel_qemu::machine::{RunState, Status};
 use whimbrel_qemu::migrate::incoming::{
     self, IncomingError, IncomingSettings, IncomingTls, Loaded,
 };
-use whimbrel_qemu::process::Process;
 use whimbrel_qemu::qmp::QmpError;
 
+use super::driver::{Side, drive, ended, ticks};
 use super::{migration_ip, remember_incoming};
 use crate::host::Host;
 use crate::vm::found::has_ended;
@@ -138,8 +137,8 @@ async fn listen(
     Ok(listening.address)
 }
 
-/// Everything that an arrival listens to.
-struct Ears {
+/// Everything that an arrival listens to besides its own work.
+pub(super) struct Ears {
     orders: mpsc::Receiver<Order>,
     tick: Interval,
     /// The end of the QEMU has been told to the rules.
@@ -179,38 +178,9 @@ impl Arrival {
     /// Postcondition: the rules are finished. Either this host owns the VM and its task has it, or the QEMU is gone with
     /// all that was made for it, and this host will never run the guest in this epoch.
     pub(super) async fn run(mut self, first: Vec<Action>, orders: mpsc::Receiver<Order>) {
-        let mut tick = interval(Duration::from_millis(RESEND_INTERVAL_MS));
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut ears = Ears { orders, tick, deaf_to_qemu: false };
-        let mut actions = first;
-        loop {
-            self.perform(actions).await;
-            if self.rules.is_finished() {
-                return self.finish().await;
-            }
-            let input = self.listen(&mut ears).await;
-            actions = input.map(|input| self.rules.step(input)).unwrap_or_default();
-        }
-    }
-
-    /// Waits for the next thing that happens; `None` if it means nothing to the rules.
-    async fn listen(&mut self, ears: &mut Ears) -> Option<DestinationInput> {
-        let process = self.target.as_ref().map(|target| target.process.clone());
-        tokio::select! {
-            Some(order) = ears.orders.recv() => Some(self.ordered(order)),
-            loaded = until_loaded(&mut self.loading), if self.loading.is_some() => {
-                self.loading = None;
-                Some(match loaded {
-                    Ok(_) => DestinationInput::Loaded,
-                    Err(error) => DestinationInput::Abandon(chain(&error)),
-                })
-            }
-            () = ended(process), if !ears.deaf_to_qemu && self.target.is_some() => {
-                ears.deaf_to_qemu = true;
-                Some(DestinationInput::QemuGone)
-            }
-            _ = ears.tick.tick() => Some(self.ticked()),
-        }
+        let ears = Ears { orders, tick: ticks(), deaf_to_qemu: false };
+        drive(&mut self, first, ears).await;
+        self.finish().await;
     }
 
     fn ordered(&mut self, order: Order) -> DestinationInput {
@@ -234,57 +204,6 @@ impl Arrival {
             ));
         }
         DestinationInput::Tick
-    }
-
-    /// Carries actions out, one after the other; what follows from an answer comes before what is left.
-    async fn perform(&mut self, actions: Vec<Action>) {
-        let mut todo = VecDeque::from(actions);
-        while let Some(action) = todo.pop_front() {
-            if let Some(answer) = self.act(action).await {
-                for next in self.rules.step(answer).into_iter().rev() {
-                    todo.push_front(next);
-                }
-            }
-        }
-    }
-
-    async fn act(&mut self, action: Action) -> Option<DestinationInput> {
-        match action {
-            Action::Persist(record) => Some(self.persist(&record).await),
-            Action::StartTarget => self.start_target().await,
-            Action::Send(message) => {
-                self.send(message);
-                // Whoever carries the answer to the network goes first: what follows here touches files.
-                yield_now().await;
-                None
-            }
-            Action::CloseListeners => Some(self.close_listeners()),
-            Action::ContinueGuest => Some(self.continue_guest().await),
-            Action::KillTarget => self.kill_target().await,
-            Action::Announce => {
-                self.announce();
-                None
-            }
-            Action::Settle(outcome) => {
-                self.settle(&outcome);
-                None
-            }
-            Action::RaiseUnresolved => {
-                error!(migration = %self.id, vm = %self.request.definition.id,
-                    "a guest runs here that this host does not own; it is left alone: an operator must look");
-                None
-            }
-            Action::BeginCopy
-            | Action::StopCopy
-            | Action::ResumeGuest
-            | Action::LookForRest
-            | Action::QuitSource
-            | Action::AcceptCancel
-            | Action::RefuseCancel => {
-                error!(migration = %self.id, "the rules asked the destination for a source's action");
-                None
-            }
-        }
     }
 
     async fn persist(&mut self, record: &Ownership) -> DestinationInput {
@@ -477,6 +396,77 @@ impl Arrival {
     }
 }
 
+impl Side for Arrival {
+    type Input = DestinationInput;
+    type Ears = Ears;
+
+    fn step(&mut self, input: DestinationInput) -> Vec<Action> {
+        self.rules.step(input)
+    }
+
+    fn is_finished(&self) -> bool {
+        self.rules.is_finished()
+    }
+
+    async fn act(&mut self, action: Action) -> Option<DestinationInput> {
+        match action {
+            Action::Persist(record) => Some(self.persist(&record).await),
+            Action::StartTarget => self.start_target().await,
+            Action::Send(message) => {
+                self.send(message);
+                // Whoever carries the answer to the network goes first: what follows here touches files.
+                yield_now().await;
+                None
+            }
+            Action::CloseListeners => Some(self.close_listeners()),
+            Action::ContinueGuest => Some(self.continue_guest().await),
+            Action::KillTarget => self.kill_target().await,
+            Action::Announce => {
+                self.announce();
+                None
+            }
+            Action::Settle(outcome) => {
+                self.settle(&outcome);
+                None
+            }
+            Action::RaiseUnresolved => {
+                error!(migration = %self.id, vm = %self.request.definition.id,
+                    "a guest runs here that this host does not own; it is left alone: an operator must look");
+                None
+            }
+            Action::BeginCopy
+            | Action::StopCopy
+            | Action::ResumeGuest
+            | Action::QuitSource
+            | Action::LookForRest
+            | Action::AcceptCancel
+            | Action::RefuseCancel => {
+                error!(migration = %self.id, "the rules asked the destination for a source's action");
+                None
+            }
+        }
+    }
+
+    async fn listen(&mut self, ears: &mut Ears) -> Option<DestinationInput> {
+        let process = self.target.as_ref().map(|target| &target.process);
+        tokio::select! {
+            Some(order) = ears.orders.recv() => Some(self.ordered(order)),
+            loaded = until_loaded(&mut self.loading), if self.loading.is_some() => {
+                self.loading = None;
+                Some(match loaded {
+                    Ok(_) => DestinationInput::Loaded,
+                    Err(error) => DestinationInput::Abandon(chain(&error)),
+                })
+            }
+            () = ended(process), if !ears.deaf_to_qemu && process.is_some() => {
+                ears.deaf_to_qemu = true;
+                Some(DestinationInput::QemuGone)
+            }
+            _ = ears.tick.tick() => Some(self.ticked()),
+        }
+    }
+}
+
 fn wait_loaded(target: &Spawned) -> Loading {
     let machine = target.machine.clone();
     Box::pin(async move { incoming::wait_loaded(&machine).await })
@@ -486,15 +476,6 @@ fn wait_loaded(target: &Spawned) -> Loading {
 async fn until_loaded(loading: &mut Option<Loading>) -> Result<Loaded, IncomingError> {
     match loading {
         Some(loading) => loading.await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn ended(process: Option<Process>) {
-    match process {
-        Some(process) => {
-            process.wait_exit().await;
-        }
         None => std::future::pending().await,
     }
 }

@@ -1,7 +1,7 @@
 //! Migrations on one host: the guests that leave and the guests that come.
 //!
-//! [`source`] and [`destination`] each tell their side as one story; [`knock`] tries the way beforehand. Here is what both
-//! need around them: who may ask, which migrations are open, what is remembered for a restart.
+//! [`source`] and [`destination`] each tell their side as one story, [`driver`] turns the loop of both; [`knock`] tries the way
+//! beforehand. Here is what both need around them: who may ask, which migrations are open, what is remembered for a restart.
 //!
 //! ```text
 //!  http ──► prepare ─► Arrival::run      one task per incoming migration; owns the stopped QEMU
@@ -17,6 +17,7 @@
 //! Not here: which host takes part and why (the controller), who may run the guest ([`whimbrel_migration::handoff`]).
 
 mod destination;
+mod driver;
 mod knock;
 mod recover;
 mod source;

@@ -1,0 +1,75 @@
+//! The guest that stays or is gone: resumed where it stood, or its QEMU ended.
+//!
+//! Both are told by the rules alone, and neither can fail: what is not done yet is tried again. Not here: the copy
+//! ([`super::copy`]), and the guest's start at the other end.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tracing::warn;
+use whimbrel_api::error::chain;
+use whimbrel_pki::qemu_credentials::remove_qemu_credentials;
+use whimbrel_qemu::machine::RunState;
+
+use super::Departure;
+use crate::vm::RunningVm;
+
+/// How often an attempt to resume the guest is repeated, in milliseconds.
+const RESUME_RETRY_MS: u64 = 200;
+
+impl Departure {
+    /// The guest runs, or does not for reasons of its own (see [`rests`]), or its QEMU is gone: nothing else ends this.
+    pub(super) async fn resume_guest(&mut self) {
+        let Some(guest) = &self.guest else { return };
+        let (machine, id) = (&guest.qemu.machine, self.id);
+        let resumed = async {
+            loop {
+                match machine.status().await {
+                    Ok(status) if status.running || rests(&status.run_state) => return,
+                    _ => {}
+                }
+                match machine.cont().await {
+                    Ok(()) => return,
+                    Err(error) => {
+                        warn!(migration = %id, error = chain(&error), "the guest could not be resumed; trying again");
+                        sleep(Duration::from_millis(RESUME_RETRY_MS)).await;
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = resumed => {}
+            _ = guest.qemu.process.wait_exit() => {}
+        }
+    }
+
+    /// The destination owns the guest and its disks are inactive here: nothing is left to save.
+    pub(super) fn quit(&self) {
+        let Some(guest) = &self.guest else { return };
+        if let Err(error) = guest.qemu.process.kill() {
+            warn!(migration = %self.id, error = chain(&error), "the source's QEMU could not be ended; the sweep goes on");
+        }
+    }
+}
+
+/// Takes the migration's certificates away from QEMU.
+pub(super) fn remove_credentials(guest: &RunningVm) {
+    if let Err(error) = remove_qemu_credentials(&guest.qemu.dir.tls_folder()) {
+        warn!(vm = %guest.id(), error = chain(&error), "QEMU's certificates are left over until its run is swept");
+    }
+}
+
+/// Whether a guest stands still for its own reasons and not for the migration: it has powered itself off, sleeps, has
+/// panicked, or met an error. Some of these QEMU (7.2, 10.0) refuses to resume, a sleeping one it lets sleep; what is to be
+/// done about each is the VM's task's matter.
+fn rests(run_state: &RunState) -> bool {
+    matches!(
+        run_state,
+        RunState::Shutdown
+            | RunState::Suspended
+            | RunState::GuestPanicked
+            | RunState::IoError
+            | RunState::InternalError
+            | RunState::Watchdog
+    )
+}
