@@ -21,6 +21,7 @@ use crate::network::Networks;
 use crate::storage::Storages;
 use crate::vm::Vms;
 
+pub(crate) mod abilities;
 mod facts;
 
 /// A host.
@@ -142,8 +143,11 @@ impl Host {
             let (major, minor, micro) = engine.version;
             let fits =
                 |model: &&whimbrel_qemu::engine::CpuModel| model.unavailable_features.is_empty();
+            let version = format!("{major}.{minor}.{micro}");
+            let obstacle = engine.postcopy_obstacle.clone();
             EngineReport {
-                version: format!("{major}.{minor}.{micro}"),
+                abilities: abilities::abilities(&version, &engine.features, obstacle),
+                version,
                 accelerator: engine.accelerator.as_wire().to_owned(),
                 machines: engine.machine_types.iter().map(|found| found.name.clone()).collect(),
                 cpu_models: engine.cpu_models.iter().filter(fits).map(|m| m.name.clone()).collect(),

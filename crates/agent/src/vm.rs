@@ -200,6 +200,7 @@ impl Vms {
                 vm: report,
                 cpu_features: BTreeSet::new(),
                 blockers: Vec::new(),
+                abilities: None,
             });
         };
         mobility::ask(report, &machine).await

@@ -15,32 +15,42 @@
 //! | `PUT /v1/vms/{id}` | controller | [`crate::vm::VmDefinition`] → [`VmReport`]; creates the disks |
 //! | `POST /v1/vms/{id}/start`, `stop`, `pause`, `resume` | controller | → [`VmReport`] |
 //! | `DELETE /v1/vms/{id}` | controller | with its disks |
+//! | `POST /v1/vms/{id}/save`, `restore` | controller | [`crate::vm::StateFile`] → [`VmReport`] |
 //! | `GET /v1/vms/{id}/console` | controller | WebSocket, bytes both ways |
 //! | `POST /v1/knock/listen` | controller | [`KnockListen`] → [`KnockAddress`] |
 //! | `POST /v1/knock/connect` | controller | [`KnockConnect`] → [`Reach`] |
 //! | `PUT /v1/incoming/{migration}` | controller | [`IncomingRequest`] → [`IncomingOffer`] |
 //! | `GET /v1/incoming/{migration}` | controller | [`IncomingReport`] |
+//! | `GET /v1/incoming/{migration}/statistics` | controller | [`IncomingStatistics`] |
+//! | `POST /v1/incoming/{migration}/recover` | source agent, controller | [`ListenAgain`] → [`NewAddress`]; of a paused post-copy |
 //! | `DELETE /v1/incoming/{migration}` | controller | abandon before GO, or forget after the end → [`IncomingReport`] |
 //! | `POST /v1/incoming/{migration}/handoff` | source agent, controller | [`Handoff`] → [`Handoff`] |
 //! | `PUT /v1/outgoing/{migration}` | controller | [`OutgoingRequest`] → [`OutgoingReport`] |
 //! | `GET /v1/outgoing/{migration}` | controller | [`OutgoingReport`] |
 //! | `GET /v1/outgoing/{migration}/watch` | controller | [`OutgoingReport`] as server-sent events |
+//! | `GET /v1/outgoing/{migration}/statistics` | controller | [`crate::migration::MigrationStatistics`] |
+//! | `PUT /v1/outgoing/{migration}/settings` | controller | [`crate::migration::LiveSettings`] → [`OutgoingReport`] |
+//! | `POST /v1/outgoing/{migration}/postcopy`, `pause`, `resume`, `force-complete` | controller | → [`OutgoingReport`], or `wrong-state` |
+//! | `POST /v1/outgoing/{migration}/recover` | controller | [`RecoverOrder`] → [`OutgoingReport`], or `wrong-state` |
 //! | `POST /v1/outgoing/{migration}/cancel` | controller | → [`OutgoingReport`], or `handed-over` |
 //! | `POST /v1/outgoing/{migration}/handoff` | controller | a relayed answer, [`Handoff`] → [`OutgoingReport`] |
 //! | `DELETE /v1/outgoing/{migration}` | controller | retire: the record has moved, forget the VM |
+
+mod moving;
+
+pub use moving::{
+    Handoff, IncomingOffer, IncomingReport, IncomingRequest, IncomingStatistics, ListenAgain, NewAddress, OutgoingEnd,
+    OutgoingReport, OutgoingRequest, Receive, ReceivePostcopy, ReceiveSettings, RecoverOrder, Resumed,
+};
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use whimbrel_migration::downtime::Downtime;
-use whimbrel_migration::handoff::Message;
-use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
-use whimbrel_migration::phase::Phase;
-use whimbrel_pki::grant::SignedGrant;
+use whimbrel_migration::names::{Epoch, Name};
+use whimbrel_migration::preflight::EngineAbilities;
 
-use crate::migration::{MigrateOptions, Progress, Stay};
 use crate::vm::{RunningEngine, VmDefinition, VmState};
 
 /// What a host says of itself.
@@ -87,6 +97,9 @@ pub struct EngineReport {
     pub machines: Vec<String>,
     /// CPU models that run here under that accelerator.
     pub cpu_models: Vec<String>,
+    /// What it can do for a migration; none where the agent does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub abilities: Option<EngineAbilities>,
 }
 
 /// A storage on one host.
@@ -145,6 +158,9 @@ pub struct Mobility {
     /// QEMU's own reasons why it cannot be migrated as it is (`query-migrate`, `blocked-reasons`), device names included.
     #[serde(default)]
     pub blockers: Vec<String>,
+    /// What the QEMU that runs it can do for a migration; none while it has no QEMU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub abilities: Option<EngineAbilities>,
 }
 
 /// Asks the destination to listen on a migration port for a moment, so that the source can try the way before anything
@@ -198,141 +214,5 @@ pub enum Reach {
     Untrusted {
         /// What is wrong with which.
         why: String,
-    },
-}
-
-/// Asks the destination to prepare.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct IncomingRequest {
-    /// The VM.
-    pub definition: VmDefinition,
-    /// The source.
-    pub source: Name,
-    /// The epoch that the destination would take.
-    pub epoch: Epoch,
-    /// The controller's signed permission.
-    pub grant: SignedGrant,
-}
-
-/// The destination is prepared: a QEMU listens, stopped.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct IncomingOffer {
-    /// Where the destination's QEMU listens.
-    pub address: SocketAddr,
-    /// Where the destination's agent listens: for the handoff.
-    pub agent: String,
-    /// The one-time ticket that the source shows with every handoff message.
-    pub ticket: String,
-    /// Spawn to listening, in milliseconds.
-    pub start_ms: u64,
-}
-
-/// How the destination's side is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "side")]
-pub enum IncomingReport {
-    /// Nothing is known of this migration here, and nothing will run.
-    None,
-    /// A QEMU listens or loads; no GO has come.
-    Waiting,
-    /// Refused durably; the QEMU is gone.
-    Refused {
-        /// Why.
-        why: String,
-    },
-    /// This host owns the VM.
-    Owned {
-        /// The epoch.
-        epoch: Epoch,
-        /// How the VM is.
-        vm: VmState,
-    },
-}
-
-/// A message of the handoff, with the ticket.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Handoff {
-    /// The ticket of this migration; empty in answers.
-    #[serde(default)]
-    pub ticket: String,
-    /// The message.
-    pub message: Message,
-    /// When the destination's guest ran again, if this answers a GO.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resumed: Option<Resumed>,
-}
-
-/// When the guest ran again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Resumed {
-    /// From the guest's resumption to the sending of this answer, in microseconds: what of the GO's round trip was no
-    /// longer a pause of the guest.
-    pub since_resume_us: u64,
-    /// QEMU's time stamp of RESUME, microseconds since 1970, by the destination's clock.
-    pub resume_at_us: u64,
-}
-
-/// Asks the source to send.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct OutgoingRequest {
-    /// The VM.
-    pub vm: VmId,
-    /// The destination.
-    pub destination: Name,
-    /// The epoch that the destination would take.
-    pub epoch: Epoch,
-    /// How.
-    pub options: MigrateOptions,
-    /// What the destination offered.
-    pub offer: IncomingOffer,
-    /// The controller's signed permission.
-    pub grant: SignedGrant,
-}
-
-/// How the source's side is.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct OutgoingReport {
-    /// The migration.
-    pub migration: MigrationId,
-    /// The VM.
-    pub vm: VmId,
-    /// The phase.
-    pub phase: Phase,
-    /// The latest figures.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub progress: Option<Progress>,
-    /// The pause by its parts, once it is over.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub downtime: Option<Downtime>,
-    /// The message that waits for its answer, while the source is in doubt: for the controller to relay.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub relay: Option<Handoff>,
-    /// The end, from the source's point of view.
-    #[serde(flatten)]
-    pub end: OutgoingEnd,
-}
-
-/// How the source's side ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "end")]
-pub enum OutgoingEnd {
-    /// It has not.
-    Open,
-    /// The destination confirmed: it owns and runs the VM.
-    Moved,
-    /// The guest is this host's, as before.
-    Stayed {
-        /// Why.
-        why: Stay,
-    },
-    /// Released, and the destination has not answered yet; asking goes on.
-    Unresolved {
-        /// The host to ask.
-        ask: Name,
     },
 }

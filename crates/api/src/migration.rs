@@ -1,12 +1,14 @@
-//! A migration in the public API: the request, the record, and its progress.
+//! A migration in the public API: the request, the record, its progress, and what can be ordered while it runs.
 //!
 //! The record is the controller's; the facts in it come from the two agents. Phases and outcomes are
-//! [`whimbrel_migration::phase`]'s words.
+//! [`whimbrel_migration::phase`]'s words. What grows with time ([`MigrationStatistics`]) is not in the record, which is told at
+//! every change, but asked for by itself.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use whimbrel_migration::downtime::Downtime;
+pub use whimbrel_migration::forecast::Forecast;
 use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
 pub use whimbrel_migration::options::{
     AutoConverge, Compression, CompressionMethod, MigrateOptions, Mode, OptionProblem, Postcopy,
@@ -14,6 +16,15 @@ pub use whimbrel_migration::options::{
 };
 use whimbrel_migration::phase::Phase;
 use whimbrel_migration::preflight::Verdict;
+pub use whimbrel_migration::strategy::{
+    CompressionSetting, Decision, PostcopyBegin, PostcopySetting, Rejection, Rung, Strategy,
+    ThrottleSetting,
+};
+
+/// Most decisions that are kept of one migration: the first ones and the latest.
+pub const DECISIONS_MAX: usize = 32;
+/// Most samples that are kept of one migration. When they are full, every other one is dropped.
+pub const SAMPLES_MAX: usize = 600;
 
 /// Asks for a migration. The id is the client's, so that a retry is the same request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -108,6 +119,21 @@ pub struct Migration {
     pub cancel_requested: bool,
     /// What preflight said, warnings included.
     pub verdicts: Vec<Verdict>,
+    /// The policy under which it goes; none in records that are older than policies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Name>,
+    /// How it goes, or went: the settings as they were last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<Strategy>,
+    /// What was foretold before it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<Forecast>,
+    /// What was decided, when and why, oldest first; at most 32, and none in lists.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub decisions: Vec<Decision>,
+    /// Post-copy, since it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy: Option<PostcopyReport>,
     /// When each phase began.
     pub phases: Vec<PhaseStart>,
     /// The latest figures.
@@ -141,7 +167,8 @@ pub struct PhaseStart {
     pub at: Timestamp,
 }
 
-/// QEMU's figures of a running or ended migration (source side), and ours.
+/// QEMU's figures of a running or ended migration (source side), and ours. Those that are not there were not told: which ones
+/// QEMU tells depends on its version and on what is switched on.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Progress {
     /// Bytes of guest memory in all.
@@ -168,9 +195,246 @@ pub struct Progress {
     /// QEMU's setup time, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine_setup_ms: Option<u64>,
+    /// QEMU's own downtime, in milliseconds; at the end only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_downtime_ms: Option<u64>,
     /// What starting the destination's QEMU took, in milliseconds (spawn to listening).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destination_start_ms: Option<u64>,
+    /// QEMU's own word for the migration's state, such as `active` or `postcopy-paused`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_status: Option<String>,
+    /// Bytes of the pages sent as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub normal_bytes: Option<u64>,
+    /// The guest's page size in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_size_bytes: Option<u64>,
+    /// Pages sent in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages_per_s: Option<u64>,
+    /// Bytes sent while the guest ran on the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precopy_bytes: Option<u64>,
+    /// Bytes sent while it stood still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_bytes: Option<u64>,
+    /// Bytes sent in post-copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_bytes: Option<u64>,
+    /// Pages that the destination asked for in post-copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_requests: Option<u64>,
+    /// Bytes sent over parallel connections.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub multifd_bytes: Option<u64>,
+    /// Passes in which zero-copy had to copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missed_zero_copy_passes: Option<u64>,
+    /// How hard the guest is slowed down, in percent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_percent: Option<u64>,
+    /// The pause that QEMU is told to aim at now, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aim_ms: Option<u64>,
+    /// Longest time of a round that the dirty limit holds a vCPU back, in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_limit_round_us: Option<u64>,
+    /// The time that the dirty limit takes to fill a dirty ring, in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_limit_ring_full_us: Option<u64>,
+    /// The cache of xbzrle, where it is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xbzrle: Option<XbzrleProgress>,
+}
+
+/// The figures of xbzrle.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct XbzrleProgress {
+    /// Bytes of the cache.
+    pub cache_bytes: u64,
+    /// Bytes sent as differences.
+    pub bytes: u64,
+    /// Pages sent as differences.
+    pub pages: u64,
+    /// Pages that were not in the cache.
+    pub cache_misses: u64,
+    /// Their share, 0 to 1.
+    pub cache_miss_rate: f64,
+    /// Bytes of pages for one byte sent.
+    pub encoding_rate: f64,
+    /// Pages that were cheaper to send whole.
+    pub overflows: u64,
+}
+
+/// Post-copy: the guest runs on the destination, and the rest of its memory follows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PostcopyReport {
+    /// How it goes.
+    #[serde(flatten)]
+    pub state: PostcopyState,
+    /// Since when it is in this state.
+    #[schema(value_type = String)]
+    pub since: Timestamp,
+    /// When it began.
+    #[schema(value_type = String)]
+    pub begun: Timestamp,
+    /// How often a lost connection was made again.
+    #[serde(default)]
+    pub recoveries: u64,
+    /// How long all vCPUs at once waited for pages, in milliseconds; at the end, where QEMU counts it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocktime_ms: Option<u64>,
+    /// How long each vCPU did.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vcpu_blocktime_ms: Vec<u64>,
+}
+
+/// How post-copy goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+pub enum PostcopyState {
+    /// Memory flows.
+    Active,
+    /// The connection is lost, or was paused by hand: a guest that touches missing memory waits. Nothing is lost as long as
+    /// both QEMUs live.
+    Paused {
+        /// Why.
+        why: String,
+        /// Whether somebody paused it: then only `resume` goes on with it.
+        by_hand: bool,
+    },
+    /// The connection is being made again.
+    Recovering,
+    /// All memory is there.
+    Done,
+}
+
+/// Changes a running migration; what is not said stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LiveSettings {
+    /// How long the guest may pause for the last pass, in milliseconds, 1 to 2000000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_downtime_ms: Option<u64>,
+    /// Most bytes a second for the stream, 65536 to 2^50.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// Most bytes a second for pages of post-copy that nobody waits for, 65536 to 2^50.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_bandwidth_bytes_per_s: Option<u64>,
+}
+
+impl LiveSettings {
+    /// Everything that is wrong with them; empty if they are sound.
+    #[must_use]
+    pub fn validate(&self) -> Vec<OptionProblem> {
+        let bandwidth = (limits::BANDWIDTH_MIN_BYTES_PER_S, limits::BANDWIDTH_MAX_BYTES_PER_S);
+        let downtime = (limits::MAX_DOWNTIME_MIN_MS, limits::MAX_DOWNTIME_MAX_MS);
+        let fields = [
+            ("max_downtime_ms", self.max_downtime_ms, downtime),
+            ("bandwidth_bytes_per_s", self.bandwidth_bytes_per_s, bandwidth),
+            ("postcopy_bandwidth_bytes_per_s", self.postcopy_bandwidth_bytes_per_s, bandwidth),
+        ];
+        let mut problems = Vec::new();
+        for (field, value, (least, most)) in fields {
+            if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {
+                problems.push(OptionProblem {
+                    field: field.to_owned(),
+                    code: ProblemCode::OutOfRange,
+                    sentence: format!("{field} is {value}; it can be {least} to {most}"),
+                });
+            }
+        }
+        if *self == Self::default() {
+            problems.push(OptionProblem {
+                field: "max_downtime_ms".to_owned(),
+                code: ProblemCode::Contradiction,
+                sentence: "nothing is to be set: say max_downtime_ms, bandwidth_bytes_per_s or \
+                           postcopy_bandwidth_bytes_per_s"
+                    .to_owned(),
+            });
+        }
+        problems
+    }
+}
+
+/// What can be ordered while a migration runs, besides cancelling it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationAction {
+    /// Post-copy begins now; it has to be allowed.
+    Postcopy,
+    /// Post-copy is held: the guest goes on as far as its memory is there.
+    Pause,
+    /// A post-copy that was paused by hand goes on.
+    Resume,
+    /// A post-copy whose connection is lost is taken up now, instead of when the way is back.
+    Recover,
+    /// The guest stands still until the rest is sent.
+    ForceComplete,
+}
+
+impl MigrationAction {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::Postcopy, Self::Pause, Self::Resume, Self::Recover, Self::ForceComplete];
+
+    /// The last part of the call's path.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Postcopy => "postcopy",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Recover => "recover",
+            Self::ForceComplete => "force-complete",
+        }
+    }
+}
+
+/// What was seen of a migration over time, and what QEMU said of it last.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct MigrationStatistics {
+    /// From the start on, oldest first; at most 600, at even distances.
+    pub samples: Vec<Sample>,
+    /// The source's last answer to `query-migrate`, untouched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub raw: Option<serde_json::Value>,
+    /// The destination's, where it was asked: after post-copy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub destination_raw: Option<serde_json::Value>,
+}
+
+/// One point of a plot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Sample {
+    /// Since the source began to send, in milliseconds.
+    pub at_ms: u64,
+    /// The phase.
+    pub phase: Phase,
+    /// The pass over the memory.
+    pub pass: u64,
+    /// Bytes sent so far.
+    pub transferred_bytes: u64,
+    /// Bytes still to send in this pass.
+    pub remaining_bytes: u64,
+    /// The stream's rate in bits a second.
+    pub bits_per_s: u64,
+    /// Bytes that the guest dirties in a second.
+    pub dirty_bytes_per_s: u64,
+    /// How hard the guest is slowed down, in percent.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub throttle_percent: u64,
+}
+
+// By reference, as serde asks for it.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// A line of `migration watch`: the record, each time something changed.

@@ -459,6 +459,14 @@ impl VmAction {
     }
 }
 
+/// Where a VM's whole state is saved to, or restored from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StateFile {
+    /// The file. Saving makes it, and never overwrites one.
+    pub file: StoragePath,
+}
+
 /// How to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, Default)]
 #[serde(deny_unknown_fields)]

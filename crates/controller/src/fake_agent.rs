@@ -162,6 +162,7 @@ fn report(name: &Name, machines: &[&str]) -> HostReport {
         accelerator: "tcg".to_owned(),
         machines: machines.iter().map(|&machine| machine.to_owned()).collect(),
         cpu_models: vec!["qemu64".to_owned(), "max".to_owned()],
+        abilities: None,
     };
     HostReport {
         name: name.clone(),

@@ -31,9 +31,12 @@ use std::time::{Duration, Instant};
 
 use whimbrel_api::agent::{
     IncomingOffer, IncomingReport, IncomingRequest, OutgoingEnd, OutgoingReport, OutgoingRequest,
+    Receive,
 };
-use whimbrel_api::migration::{Migration, MigrationState, Stay};
+use whimbrel_api::migration::{Migration, MigrationState, Stay, Strategy};
+use whimbrel_api::policy::Policy;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
+use whimbrel_migration::strategy::NORMAL_DOWNTIME_MS;
 
 use crate::Controller;
 use crate::controller::MovedPlacement;
@@ -191,6 +194,9 @@ async fn begin(page: &mut Page) -> Result<OutgoingRequest, Stay> {
         destination: record.destination.clone(),
         epoch: record.epoch,
         options: record.options.clone(),
+        strategy: Strategy::plain(record.options.max_downtime_ms.unwrap_or(NORMAL_DOWNTIME_MS)),
+        policy: Policy::default(),
+        forecast: None,
         offer,
         grant: page.grant()?,
     })
@@ -202,6 +208,7 @@ async fn prepare(page: &mut Page) -> Result<IncomingOffer, Stay> {
         definition: page.definition().await?,
         source: page.record.source.clone(),
         epoch: page.record.epoch,
+        receive: Receive::default(),
         grant: page.grant()?,
     };
     let (agent, id) = (page.destination.clone(), page.record.id);

@@ -142,6 +142,7 @@ mod tests {
             accelerator: "tcg".into(),
             machines: machines.iter().map(|&m| m.to_owned()).collect(),
             cpu_models: vec!["qemu64".into()],
+            abilities: None,
         };
         let storage = StorageReport {
             name: "shared".parse().unwrap(),

@@ -41,7 +41,7 @@ use whimbrel_api::agent::{
 use whimbrel_api::error::chain;
 use whimbrel_api::migration::Stay;
 use whimbrel_api::vm::VmState;
-use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, Phase, VmId};
+use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, VmId};
 use whimbrel_migration::handoff::{self, Destination, NotAdmitted};
 use whimbrel_pki::grant::SignedGrant;
 use whimbrel_pki::identity::Peer;
@@ -417,15 +417,7 @@ async fn begin_departure(
 ) -> Result<OutgoingReport, ApiError> {
     let peer = host.agent_client(&request.destination, &request.offer.agent)?;
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
-    let report = watch::Sender::new(OutgoingReport {
-        migration: id,
-        vm: request.vm,
-        phase: Phase::Precopy,
-        progress: None,
-        downtime: None,
-        relay: None,
-        end: OutgoingEnd::Open,
-    });
+    let report = watch::Sender::new(OutgoingReport::begun(id, request.vm));
     {
         let mut open = host.migrations.open();
         open.admit(request.vm)?;

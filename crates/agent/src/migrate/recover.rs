@@ -61,15 +61,7 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
     let ended: Option<OutgoingReport> =
         serde_json::from_value(row.state).map_err(|error| unreadable(&error))?;
     let record = host.ledger.ownership(row.vm, Some(row.id)).await?;
-    let mut report = ended.clone().unwrap_or(OutgoingReport {
-        migration: row.id,
-        vm: row.vm,
-        phase: Phase::Precopy,
-        progress: None,
-        downtime: None,
-        relay: None,
-        end: OutgoingEnd::Open,
-    });
+    let mut report = ended.clone().unwrap_or_else(|| OutgoingReport::begun(row.id, row.vm));
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let open = record.as_ref().filter(|record| record.is_open());
     let Some(open) = open else {

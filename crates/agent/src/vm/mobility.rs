@@ -9,6 +9,7 @@ use whimbrel_qemu::machine::Machine;
 use whimbrel_qemu::qmp::Qmp;
 
 use super::running::engine_error;
+use crate::host::abilities::abilities;
 
 /// Most reasons that are passed on.
 const BLOCKERS_MAX: usize = 16;
@@ -27,7 +28,10 @@ pub(super) async fn ask(report: VmReport, machine: &Machine) -> Result<Mobility,
     let all = switched_on(qmp, &report.definition.cpu).await;
     let none = switched_on(qmp, "base").await;
     let cpu_features = all.difference(&none).cloned().collect();
-    Ok(Mobility { vm: report, cpu_features, blockers })
+    let version = report.engine.as_ref().map_or("", |engine| engine.version.as_str());
+    // What stands in the way of receiving by post-copy is the destination's matter.
+    let abilities = abilities(version, machine.features(), None);
+    Ok(Mobility { vm: report, cpu_features, blockers, abilities })
 }
 
 /// The properties that a CPU model has set under this QEMU's accelerator and machine (x86, 7.2 and 10.0). A QEMU that

@@ -8,10 +8,11 @@ use std::time::{Duration, SystemTime};
 
 use whimbrel_api::agent::{
     IncomingOffer, IncomingReport, IncomingRequest, KnockConnect, KnockListen, OutgoingEnd,
-    OutgoingReport, OutgoingRequest, Reach,
+    OutgoingReport, OutgoingRequest, Reach, Receive,
 };
 use whimbrel_api::client::AgentClient;
-use whimbrel_api::migration::{MigrateOptions, Stay};
+use whimbrel_api::migration::{MigrateOptions, Stay, Strategy};
+use whimbrel_api::policy::Policy;
 use whimbrel_api::vm::{VmAction, VmState};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Phase, VmId};
 use whimbrel_pki::grant::{Claims, SignedGrant};
@@ -88,7 +89,8 @@ impl Pair {
         let definition = self.client(from).vm(one.vm).await?.definition;
         let grant = self.grant(one, from, to);
         let source = from.config.name.clone();
-        let request = IncomingRequest { definition, source, epoch: one.epoch, grant };
+        let receive = Receive::default();
+        let request = IncomingRequest { definition, source, epoch: one.epoch, receive, grant };
         self.client(to).put_incoming(one.id, &request).await
     }
 
@@ -104,6 +106,9 @@ impl Pair {
             destination: to.config.name.clone(),
             epoch: one.epoch,
             options: MigrateOptions::default(),
+            strategy: Strategy::plain(300),
+            policy: Policy::default(),
+            forecast: None,
             offer,
             grant: self.grant(one, from, to),
         };
@@ -616,6 +621,7 @@ fn a_migration_needs_the_controllers_word_for_exactly_this() {
                 definition: definition.clone(),
                 source: pair.a.config.name.clone(),
                 epoch: one.epoch,
+                receive: Receive::default(),
                 grant,
             };
             let grants = [

@@ -1,5 +1,7 @@
 //! The agent API's calls.
 
+mod moving;
+
 use std::sync::Arc;
 use std::time::Duration;
 

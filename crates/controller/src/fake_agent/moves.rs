@@ -90,15 +90,7 @@ async fn put_outgoing(
             return Err(ApiError::new(ErrorCode::WrongState, message));
         }
         let was = std::mem::replace(&mut vm.state, VmState::Migrating { migration: id });
-        let report = watch::Sender::new(OutgoingReport {
-            migration: id,
-            vm: request.vm,
-            phase: Phase::Precopy,
-            progress: None,
-            downtime: None,
-            relay: None,
-            end: OutgoingEnd::Open,
-        });
+        let report = watch::Sender::new(OutgoingReport::begun(id, request.vm));
         let outgoing =
             Outgoing { report: report.clone(), cancelled: false, cancel: Arc::default() };
         let cancel = outgoing.cancel.clone();

@@ -156,5 +156,6 @@ fn progress(statistics: &Statistics, request: &OutgoingRequest) -> Progress {
         engine_total_ms: statistics.total_time_ms.unwrap_or(0),
         engine_setup_ms: statistics.setup_time_ms,
         destination_start_ms: Some(request.offer.start_ms),
+        ..Progress::default()
     }
 }
