@@ -115,13 +115,38 @@ pub fn forecast(facts: &Measurements, costs: &EngineCosts, strategy: &Strategy) 
         pace: 1.0,
     };
     let trip = Trip::of(facts, costs);
-    if strategy.stop_first {
-        return stopped(&course, &trip);
+    let begin = strategy.postcopy.map(|postcopy| postcopy.begin);
+    let told = if strategy.stop_first {
+        stopped(&course, &trip)
+    } else if begin == Some(PostcopyBegin::AfterFirstPass) {
+        postcopy(&course, &trip, strategy)
+    } else {
+        precopy(&course, &trip, strategy)
+    };
+    told.rounded()
+}
+
+impl Forecast {
+    /// To a thousandth: what is behind it means nothing, and does not come back from JSON unchanged.
+    fn rounded(self) -> Self {
+        let round = |value: f64| (value * 1_000.0).round() / 1_000.0;
+        Self {
+            margin_percent: self.margin_percent.map(round),
+            total_ms: self.total_ms.map(round),
+            downtime_ms: self.downtime_ms.map(round),
+            first_pass_ms: round(self.first_pass_ms),
+            wire_bytes_per_s: self.wire_bytes_per_s.round(),
+            throttle_percent: round(self.throttle_percent),
+            postcopy: self.postcopy.map(|postcopy| PostcopyForecast {
+                runs_after_ms: round(postcopy.runs_after_ms),
+                lasts_ms: round(postcopy.lasts_ms),
+                stall_us: round(postcopy.stall_us),
+                stalls_ms: round(postcopy.stalls_ms),
+                ..postcopy
+            }),
+            ..self
+        }
     }
-    if strategy.postcopy.is_some_and(|postcopy| postcopy.begin == PostcopyBegin::AfterFirstPass) {
-        return postcopy(&course, &trip, strategy);
-    }
-    precopy(&course, &trip, strategy)
 }
 
 /// What is not copying.

@@ -92,7 +92,7 @@ struct State {
     first_pass_ms: Option<f64>,
     /// Known to be dirty and not sent.
     rest_bytes: f64,
-    /// Of these, what was not among the pages that the guest writes to.
+    /// Passes that have begun.
     passes: u32,
     wire_bytes: f64,
     synced_at_ms: f64,

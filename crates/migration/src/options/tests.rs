@@ -78,9 +78,9 @@ fn what_is_no_number_or_not_known_is_refused_at_the_door() {
 }
 
 /// Sets one number in the options.
-fn with(field: &str, value: u64) -> MigrateOptions {
+fn with(field: &str, number: u64) -> MigrateOptions {
     let mut options = MigrateOptions::default();
-    let value = Some(value);
+    let value = Some(number);
     match field {
         "bandwidth_bytes_per_s" => options.bandwidth_bytes_per_s = value,
         "max_downtime_ms" => options.max_downtime_ms = value,
@@ -101,8 +101,7 @@ fn with(field: &str, value: u64) -> MigrateOptions {
             options.auto_converge = Some(throttle);
         }
         "timeout.seconds" => {
-            let seconds = value.unwrap();
-            options.timeout = Some(Timeout { seconds, then: TimeoutAction::Suspend });
+            options.timeout = Some(Timeout { seconds: number, then: TimeoutAction::Suspend });
         }
         "compression.zlib_level" => {
             options.compression = Some(Compression { zlib_level: value, ..Compression::default() });

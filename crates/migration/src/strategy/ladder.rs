@@ -72,21 +72,22 @@ impl<'a> Climb<'a> {
     /// What carries the memory: the first three rungs, which the guest does not feel.
     fn choose_stream(&self) -> (Candidate, Decision) {
         let mut rejected = Vec::new();
-        let mut best: Option<Candidate> = None;
-        for strategy in self.streams(&mut rejected) {
-            let next = self.candidate(strategy);
-            let Some(current) = best.take() else {
-                best = Some(next);
-                continue;
-            };
-            let (taken, other) =
-                if is_worth_it(&current, &next) { (next, current) } else { (current, next) };
-            if taken.strategy.rung != other.strategy.rung || other.strategy.rung == Rung::Plain {
-                rejected.push(self.why_not(&other, &taken));
+        let streams = self.streams(&mut rejected).into_iter();
+        let candidates: Vec<Candidate> = streams.map(|strategy| self.candidate(strategy)).collect();
+        let mut best = 0;
+        for next in 1..candidates.len() {
+            if is_worth_it(&candidates[best], &candidates[next]) {
+                best = next;
             }
-            best = Some(taken);
         }
-        let best = best.unwrap_or_else(|| self.candidate(self.base()));
+        let best = candidates[best].clone();
+        // Of each other rung the quickest.
+        let pass_ms = |candidate: &&Candidate| candidate.forecast.first_pass_ms;
+        for rung in Rung::ALL.into_iter().filter(|rung| *rung != best.strategy.rung) {
+            let of_rung = candidates.iter().filter(|candidate| candidate.strategy.rung == rung);
+            let quickest = of_rung.min_by(|a, b| pass_ms(a).total_cmp(&pass_ms(b)));
+            rejected.extend(quickest.map(|other| why_not(other, &best)));
+        }
         let chosen = format!("{}, {}", stream_words(&best.strategy), speed(&best.forecast));
         let decision = Decision { measured: self.measured(), chosen, rejected };
         (best, decision)
@@ -266,7 +267,13 @@ impl<'a> Climb<'a> {
         let will_do = found.is_some();
         let index = found.unwrap_or_else(|| least_bad(&candidates));
         let chosen = candidates[index].clone();
-        for other in &candidates[..index] {
+        let mut short = candidates[..index].iter().peekable();
+        while let Some(other) = short.next() {
+            // Of the longer pauses the longest says it for all.
+            let longer = short.peek().is_some_and(|next| next.strategy.rung == Rung::Downtime);
+            if other.strategy.rung == Rung::Downtime && longer {
+                continue;
+            }
             let why = self.shortcoming(&other.forecast);
             rejected.push(Rejection { what: other.strategy.to_string(), why });
         }
@@ -451,17 +458,6 @@ impl<'a> Climb<'a> {
         Candidate { strategy, forecast }
     }
 
-    fn why_not(&self, other: &Candidate, taken: &Candidate) -> Rejection {
-        let why = match (other.forecast.total_ms, taken.forecast.total_ms) {
-            (Some(other), Some(taken)) if other > taken => {
-                format!("{}, not {}", seconds(other), seconds(taken))
-            }
-            (Some(other), Some(_)) => format!("{}: gains too little", seconds(other)),
-            _ => format!("{}: does not make the difference", speed(&other.forecast)),
-        };
-        Rejection { what: stream_words(&other.strategy), why }
-    }
-
     fn measured(&self) -> String {
         let facts = self.situation.facts;
         let curve = DirtyCurve::fit(&facts.dirty, facts.memory_bytes as f64);
@@ -508,6 +504,17 @@ fn least_bad(candidates: &[Candidate]) -> usize {
         }
     }
     best
+}
+
+fn why_not(other: &Candidate, taken: &Candidate) -> Rejection {
+    let why = match (other.forecast.total_ms, taken.forecast.total_ms) {
+        (Some(other), Some(taken)) if other > taken => {
+            format!("{}, not {}", seconds(other), seconds(taken))
+        }
+        (Some(other), Some(_)) => format!("{}: gains too little", seconds(other)),
+        _ => format!("{}: does not make the difference", speed(&other.forecast)),
+    };
+    Rejection { what: stream_words(&other.strategy), why }
 }
 
 fn stream_words(strategy: &Strategy) -> String {
