@@ -5,11 +5,14 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use whimbrel_api::agent::{EngineReport, HostReport, StorageReport};
+use tokio::sync::watch;
+use whimbrel_api::agent::{CertificateRequests, EngineReport, HostReport, StorageReport};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::pool::Network;
 use whimbrel_api::{ApiError, ErrorCode, Name};
+use whimbrel_pki::authority::HostCertificates;
 use whimbrel_pki::files::HostIdentity;
+use whimbrel_pki::tls;
 use whimbrel_qemu::engine::EngineFacts;
 use whimbrel_qemu::process::UnprivilegedUser;
 
@@ -29,10 +32,10 @@ mod facts;
 pub struct Host {
     /// How the agent was set up.
     pub config: AgentConfig,
-    /// Its keys and certificates.
+    /// Its keys and certificates; these are renewed by [`Host::renew`].
     pub identity: HostIdentity,
-    /// How it calls other agents.
-    pub client_tls: Arc<rustls::ClientConfig>,
+    /// What its door shows.
+    pub door_tls: watch::Sender<Arc<rustls::ServerConfig>>,
     /// Its durable memory.
     pub ledger: Ledger,
     /// Failures on order.
@@ -83,7 +86,39 @@ impl Host {
     /// # Errors
     /// `internal` where no HTTP client can be made.
     pub fn agent_client(&self, host: &Name, address: &str) -> Result<AgentClient, ApiError> {
-        AgentClient::new(host, address, Arc::clone(&self.client_tls))
+        let tls = tls::client_config(&self.identity.client());
+        let tls = tls.map_err(|error| ApiError::internal("the host's certificates", &error))?;
+        AgentClient::new(host, address, Arc::new(tls))
+    }
+
+    /// What the host wants certified when its certificates are renewed: the keys that it has.
+    ///
+    /// # Errors
+    /// `internal` where no signing request can be made.
+    pub fn certificate_requests(&self) -> Result<CertificateRequests, ApiError> {
+        let keys = self.identity.keys();
+        let failed = |error| ApiError::internal("cannot make a signing request", &error);
+        Ok(CertificateRequests {
+            agent_csr: keys.agent_request_pem().map_err(failed)?,
+            qemu_csr: keys.qemu_request_pem().map_err(failed)?,
+        })
+    }
+
+    /// Takes new certificates: on the disk first, then for every handshake and every migration that begins from now on.
+    ///
+    /// # Errors
+    /// `bad-request` where they are not for this host and its keys, or cannot be written; the old ones stay in use.
+    pub async fn renew(&self, received: HostCertificates) -> Result<(), ApiError> {
+        let (identity, folder) = (self.identity.clone(), self.config.pki_dir());
+        let renewed = tokio::task::spawn_blocking(move || identity.renew(&received, &folder)).await;
+        renewed.map_err(|error| ApiError::internal("the renewal broke off", &error))?.map_err(
+            |error| ApiError::new(ErrorCode::BadRequest, whimbrel_api::error::chain(&error)),
+        )?;
+        let tls = tls::server_config(&self.identity.server());
+        let tls = tls.map_err(|error| ApiError::internal("the host's certificates", &error))?;
+        self.door_tls.send_replace(tls);
+        tracing::info!(days = self.certificate_days_left(), "the host's certificates are renewed");
+        Ok(())
     }
 
     /// Makes a network's bridge and remembers the network.
@@ -174,6 +209,7 @@ impl Host {
             migration_address: self.config.migration_host(),
             vms: u32::try_from(vms.len()).unwrap_or(u32::MAX),
             certificate_days_left: self.certificate_days_left(),
+            certificate_renewal_due: self.identity.is_renewal_due(SystemTime::now()),
         }
     }
 

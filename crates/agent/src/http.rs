@@ -16,14 +16,15 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use whimbrel_api::agent::{
-    Handoff, HostReport, IncomingOffer, IncomingReport, IncomingRequest, KnockAddress,
-    KnockConnect, KnockListen, Mobility, OutgoingReport, OutgoingRequest, Reach, SharedToken,
-    StorageReport, TokenSeen, VmReport,
+    CertificateRequests, Handoff, HostReport, IncomingOffer, IncomingReport, IncomingRequest,
+    KnockAddress, KnockConnect, KnockListen, Mobility, OutgoingReport, OutgoingRequest, Reach,
+    SharedToken, StorageReport, TokenSeen, VmReport,
 };
 use whimbrel_api::pool::{Network, Storage};
 use whimbrel_api::server::{Body, Segment, no_such_path};
 use whimbrel_api::vm::{StopRequest, VmAction, VmDefinition};
 use whimbrel_api::{ApiError, BODY_LIMIT_BYTES, ErrorCode, MigrationId, Name, VmId};
+use whimbrel_pki::authority::HostCertificates;
 use whimbrel_pki::door::PeerExtension;
 use whimbrel_pki::identity::Peer;
 
@@ -38,6 +39,7 @@ type On = State<Arc<Host>>;
 pub fn router(host: Arc<Host>) -> Router {
     let controllers = Router::new()
         .route("/host", get(report))
+        .route("/certificates", get(certificate_requests).put(renew))
         .route("/networks/{name}", put(put_network).delete(delete_network))
         .route("/storages/{name}", put(put_storage).delete(delete_storage))
         .route("/storages/{name}/token", post(write_token))
@@ -99,6 +101,14 @@ fn refuse(who: Option<&Peer>, allowed: &str) -> Response {
 
 async fn report(State(host): On) -> Json<HostReport> {
     Json(host.report().await)
+}
+
+async fn certificate_requests(State(host): On) -> Answer<CertificateRequests> {
+    host.certificate_requests().map(Json)
+}
+
+async fn renew(State(host): On, Body(renewed): Body<HostCertificates>) -> Answer<()> {
+    to_the_end(async move { host.renew(renewed).await }).await
 }
 
 async fn put_network(

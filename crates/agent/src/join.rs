@@ -1,9 +1,11 @@
 //! How a host becomes a member of a pool: keys of its own, a signing request with the token, certificates in return.
 //!
 //! Private keys never leave the host. The controller is known before there is any certificate, by the authority's
-//! fingerprint in the token. Called by the command line before [`crate::run`].
+//! fingerprint in the token. A host whose certificates have expired joins again with the keys that it has. Called by the
+//! command line before [`crate::run`].
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use whimbrel_api::ApiError;
 use whimbrel_api::client::{PoolClient, Target};
@@ -53,19 +55,30 @@ pub enum JoinError {
     },
 }
 
-/// Joins the pool that the token is of. A host that has joined already has nothing to do: the token is not used.
+/// Joins the pool that the token is of. A host that has joined already, and whose certificates have not expired, has nothing
+/// to do: the token is not used.
 ///
 /// # Errors
-/// [`JoinError`]; the folder holds a whole identity or none.
+/// [`JoinError`]; the folder holds a whole identity or none, and the one that it had if it had one.
 pub async fn join(config: &AgentConfig, token: &str) -> Result<(), JoinError> {
     let folder = config.pki_dir();
-    if HostIdentity::exists(&folder) {
-        return load(config).map(drop);
-    }
+    let expired = if HostIdentity::exists(&folder) {
+        let identity = load(config)?;
+        if !identity.is_expired(SystemTime::now()) {
+            return Ok(());
+        }
+        Some(identity)
+    } else {
+        None
+    };
     let token: JoinToken = token.parse()?;
     crate::make_folder(&config.dir)
         .map_err(|source| JoinError::Folder { path: config.dir.clone(), source })?;
-    let keys = HostKeys::generate()?;
+    // The controller lets nobody else but the holder of these keys come again under the host's name.
+    let keys = match &expired {
+        Some(identity) => identity.keys().clone(),
+        None => HostKeys::generate()?,
+    };
     let request = JoinRequest {
         secret: token.secret().to_text(),
         name: config.name.clone(),
@@ -81,8 +94,12 @@ pub async fn join(config: &AgentConfig, token: &str) -> Result<(), JoinError> {
         qemu_server: answer.qemu_server,
         qemu_client: answer.qemu_client,
     };
-    let identity = HostIdentity::assemble(keys, &certificates, config.name.as_str())?;
-    identity.save(&folder)?;
+    match expired {
+        Some(identity) => identity.renew(&certificates, &folder)?,
+        None => {
+            HostIdentity::assemble(keys, &certificates, config.name.as_str())?.save(&folder)?;
+        }
+    }
     tracing::info!(host = %config.name, "joined the pool");
     Ok(())
 }

@@ -35,6 +35,7 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use whimbrel_api::ApiError;
 use whimbrel_pki::door::{Door, Listener};
 use whimbrel_pki::tls::{self, TlsConfigError};
@@ -169,11 +170,11 @@ impl Agent {
         let identity = join::load(&config).map_err(AgentError::Identity)?;
         let failpoints = Failpoints::new(&config.dir);
         let ledger = Ledger::open(&config.ledger_file(), failpoints.clone())?;
-        let client_tls = Arc::new(tls::client_config(&identity.client())?);
+        let door_tls = watch::Sender::new(tls::server_config(&identity.server())?);
         let engines = probe(&config).await?;
         let host = Arc::new(Host {
-            client_tls,
             identity,
+            door_tls,
             ledger,
             failpoints,
             engines,
@@ -193,7 +194,7 @@ impl Agent {
     /// [`AgentError::Listen`].
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
         let host = Arc::clone(&self.host);
-        let tls = tls::server_config(&host.identity.server())?;
+        let tls = host.door_tls.subscribe();
         let listener = bind(host.config.listen).await?;
         let housekeeping = tokio::spawn(keep_house(Arc::clone(&host)));
         tracing::info!(
@@ -202,7 +203,7 @@ impl Agent {
             vms = host.vms.reports().len(),
             "ready"
         );
-        Door::new(http::router(Arc::clone(&host)), tls)
+        Door::renewable(http::router(Arc::clone(&host)), tls)
             .serve(vec![Listener::Tcp(listener)], shutdown)
             .await;
         housekeeping.abort();
@@ -237,7 +238,10 @@ async fn keep_house(host: Arc<Host>) {
         host.vms.bound_console_logs();
         let days = host.certificate_days_left();
         if days < 30 {
-            tracing::warn!(days, "a certificate of this host expires soon");
+            tracing::warn!(
+                days,
+                "a certificate of this host expires soon, and the controller has not renewed it"
+            );
         }
     }
 }

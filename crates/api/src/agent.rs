@@ -6,6 +6,8 @@
 //! | call | asked by | what |
 //! |---|---|---|
 //! | `GET /v1/host` | controller | [`HostReport`] |
+//! | `GET /v1/certificates` | controller | [`CertificateRequests`] |
+//! | `PUT /v1/certificates` | controller | [`whimbrel_pki::authority::HostCertificates`]; in use at once |
 //! | `PUT, DELETE /v1/networks/{name}` | controller | [`crate::pool::Network`] |
 //! | `PUT, DELETE /v1/storages/{name}` | controller | [`crate::pool::Storage`] → [`StorageReport`] |
 //! | `POST /v1/storages/{name}/token` | controller | writes a token → [`SharedToken`] |
@@ -84,6 +86,18 @@ pub struct HostReport {
     pub vms: u32,
     /// Days until its first certificate expires.
     pub certificate_days_left: i64,
+    /// Whether it is time to renew its certificates.
+    #[serde(default)]
+    pub certificate_renewal_due: bool,
+}
+
+/// What a host asks the pool's authority to certify again: its keys stay. Of the signing requests only the public keys count.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateRequests {
+    /// Signing request (PEM) with the agent's key.
+    pub agent_csr: String,
+    /// Signing request (PEM) with the key for QEMU.
+    pub qemu_csr: String,
 }
 
 /// A QEMU that is installed on a host.

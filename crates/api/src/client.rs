@@ -19,12 +19,15 @@ pub use stream::EventStream;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use reqwest::Method;
 use reqwest::dns::{Addrs, Name as DnsName, Resolve, Resolving};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use whimbrel_pki::identity::Peer;
+use whimbrel_pki::tls;
+use whimbrel_pki::trouble::{TlsTrouble, Whose, explain};
 
 use crate::{ApiError, BODY_LIMIT_BYTES, ErrorCode};
 
@@ -155,11 +158,34 @@ impl Caller {
 
     fn unreachable(&self, error: &(dyn std::error::Error + 'static)) -> ApiError {
         let who = self.who();
-        match whimbrel_pki::trouble::explain(error) {
-            Some(trouble) => ApiError::new(ErrorCode::Unreachable, format!("{who} was not trusted or did not trust us: {trouble}"))
-                .hint("compare the certificates of both sides: `whimbrel host show HOST` tells when they expire"),
-            None => ApiError::new(ErrorCode::Unreachable, format!("{who} does not answer: {}", crate::error::chain(error))),
-        }
+        let Some(trouble) = explain(error) else {
+            let message = format!("{who} does not answer: {}", crate::error::chain(error));
+            return ApiError::new(ErrorCode::Unreachable, message);
+        };
+        self.insecure(trouble)
+    }
+
+    /// Somebody answers, and the two ends do not come together; the words name both, for they are read at neither.
+    fn insecure(&self, trouble: TlsTrouble) -> ApiError {
+        let own = tls::shown_by(&self.tls);
+        let trouble = match &own {
+            Some(own) => trouble.seen_from(own, SystemTime::now()),
+            None => trouble,
+        };
+        let we = own.and_then(|own| own.peer().ok());
+        let they = Peer::from_dns_name(&self.server_name).ok();
+        let name = |peer: &Option<Peer>| match peer {
+            Some(Peer::Agent(host)) => host.clone(),
+            Some(peer) => peer.to_string(),
+            None => "this client".to_owned(),
+        };
+        let told = trouble.between(&name(&we), &name(&they));
+        let message = format!("no secure connection to {}: {told}", self.who());
+        ApiError::new(ErrorCode::Unreachable, message).hint(advice(
+            &trouble,
+            we.as_ref(),
+            they.as_ref(),
+        ))
     }
 
     /// A stream on which nothing comes any more, signs of life neither.
@@ -189,5 +215,32 @@ impl Caller {
 
     async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
         self.call(Method::DELETE, path, None::<&()>, None).await
+    }
+}
+
+/// What to do about a connection that fails for its certificates.
+fn advice(trouble: &TlsTrouble, we: Option<&Peer>, they: Option<&Peer>) -> String {
+    let holder = |whose: &Whose| match whose {
+        Whose::Ours => we,
+        Whose::Theirs => they,
+    };
+    match trouble {
+        TlsTrouble::Expired { whose, days } if days.is_some() || *whose == Whose::Theirs => {
+            match holder(whose) {
+                Some(Peer::Agent(host)) => format!(
+                    "make a token with `whimbrel pool join-token`, and on {host} start the agent with `--join TOKEN`: the \
+                     host keeps its name, its keys and its VMs"
+                ),
+                Some(Peer::Controller) => "restart the controller: it renews its own certificates".to_owned(),
+                _ => "on the controller's machine, `whimbrel pool renew` makes a new one".to_owned(),
+            }
+        }
+        TlsTrouble::Expired { .. } | TlsTrouble::NotYetValid { .. } => {
+            "set the clocks of both machines".to_owned()
+        }
+        TlsTrouble::UnknownAuthority { .. } | TlsTrouble::WrongName { .. } => {
+            "see whether the address is that of the machine that is meant, and whether both are of the same pool".to_owned()
+        }
+        _ => "compare the certificates of both sides: `whimbrel host show HOST` tells when they expire".to_owned(),
     }
 }

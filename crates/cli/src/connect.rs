@@ -3,15 +3,19 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use whimbrel_api::client::{ClientConfig, ClientConfigError, PoolClient};
 
 use crate::failure::Failure;
+use crate::output;
 
 /// Largest file with settings that is read, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 10;
 /// Where the running lab's file is.
 const LAB_FILE: &str = "/var/tmp/whimbrel-lab/client.toml";
+/// How many days before its end an operator's certificate is worth a note.
+const EXPIRY_NOTE_DAYS: i64 = 30;
 const NO_CONTROLLER: &str = "no-controller";
 
 /// The controller that the user means: `given` if it is, else the first file of [`places`] that exists.
@@ -29,6 +33,13 @@ pub(crate) fn pool(given: Option<&Path>) -> Result<PoolClient, Failure> {
             .hint("`whimbrel --help` tells where this file is looked for")
     };
     let config = ClientConfig::load(&path).map_err(unusable)?;
+    let left = config.certificate().map_err(unusable)?.days_left(SystemTime::now());
+    if (0..EXPIRY_NOTE_DAYS).contains(&left) {
+        output::note(&format!(
+            "note: the certificate in {} expires in {left} days; `whimbrel pool renew` on the controller's machine makes a new one",
+            path.display()
+        ));
+    }
     PoolClient::from_config(&config).map_err(unusable)
 }
 

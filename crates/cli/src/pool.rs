@@ -1,4 +1,4 @@
-//! `whimbrel pool`: makes a pool, and lets hosts join it.
+//! `whimbrel pool`: makes a pool, lets hosts join it, and renews operators' files.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use whimbrel_api::Name;
 use whimbrel_api::pool::NewJoinToken;
-use whimbrel_controller::{InitError, PoolInit, pool_init};
+use whimbrel_controller::{InitError, PoolInit, pool_init, renew_operator};
 
 use crate::command::Options;
 use crate::controller::DIR_DEFAULT;
 use crate::failure::{Exit, Failure};
 use crate::{output, values, words};
 
-/// Make a pool, and let hosts join it
+/// Make a pool, let hosts join it, renew operators' files
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
 Examples:
@@ -23,12 +23,14 @@ pub(crate) enum Pool {
     Init(Init),
     /// Make a token with which one host can join the pool
     #[command(after_help = "\
-The token is a secret: who has it becomes a host. It tells the host where the controller is and which authority to trust.
+The token is a secret: who has it becomes a host. It tells the host where the controller is and which authority to trust. \
+A host whose certificates have expired joins again with one (whimbrel agent --join): it keeps its name, its keys and its VMs.
 
 Examples:
   whimbrel pool join-token
   whimbrel pool join-token --minutes 60 > token")]
     JoinToken(NewToken),
+    Renew(Renew),
 }
 
 /// Make a pool: its certificate authority, its controller's settings, its first operator's file
@@ -55,6 +57,24 @@ pub(crate) struct Init {
     socket: Option<PathBuf>,
 }
 
+/// Give an operator's file a new certificate, on the controller's machine
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The operator keeps name and key, also when the old certificate has expired. Copy the file to where the old one is used. \
+Hosts and the controller need no command: the controller renews their certificates in time.
+
+Examples:
+  whimbrel pool renew
+  whimbrel pool renew --file ann.toml --dir /srv/pool")]
+pub(crate) struct Renew {
+    /// The pool's folder
+    #[arg(long, value_name = "FOLDER", default_value = DIR_DEFAULT)]
+    dir: PathBuf,
+    /// The operator's file; client.toml in the pool's folder without it
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct NewToken {
     /// How long it can be used, in minutes; up to a day
@@ -66,6 +86,7 @@ impl Pool {
     pub(crate) async fn run(self, options: &Options) -> Result<(), Failure> {
         match self {
             Self::Init(command) => command.run(options),
+            Self::Renew(command) => command.run(options),
             Self::JoinToken(NewToken { minutes }) => {
                 let request = NewJoinToken { ttl_seconds: minutes * 60 };
                 let token = options.pool()?.new_join_token(&request).await?;
@@ -76,6 +97,24 @@ impl Pool {
                 output::line(&token.token)
             }
         }
+    }
+}
+
+impl Renew {
+    fn run(self, options: &Options) -> Result<(), Failure> {
+        let renewed = renew_operator(&self.dir, self.file.as_deref());
+        let renewed =
+            renewed.map_err(|error| Failure::because("the certificate is not renewed", &error))?;
+        let expires = jiff::Timestamp::try_from(renewed.expires);
+        let expires = expires
+            .map_err(|error| Failure::because("the certificate's end is out of range", &error))?;
+        if options.json {
+            return output::json(&serde_json::json!({
+                "client": renewed.client, "operator": renewed.operator, "expires": expires,
+            }));
+        }
+        let (client, operator) = (renewed.client.display(), renewed.operator);
+        output::line(&format!("{client}: operator {operator}, until {}", words::moment(expires)))
     }
 }
 

@@ -81,7 +81,11 @@ async fn take_note(controller: &Controller, member: &Member, changed: &Changed) 
 }
 
 async fn note_silence(controller: &Controller, member: &Member, error: &ApiError) {
-    if member.note_silence(Timestamp::now(), &error.message) {
+    let why = match &error.hint {
+        Some(hint) => format!("{}. {hint}", error.message),
+        None => error.message.clone(),
+    };
+    if member.note_silence(Timestamp::now(), &why) {
         warn!(host = %member.name, %error, "the host does not answer: what runs there is unknown");
         tell_of_all(controller, member).await;
     }

@@ -14,15 +14,15 @@ use whimbrel_api::migration::Migration;
 use whimbrel_api::vm::{Vm, VmState};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, VmId};
 use whimbrel_pki::authority::{Authority, AuthorityError};
-use whimbrel_pki::files::{BundleError, ControllerIdentity};
 use whimbrel_pki::grant::{Claims, SignedGrant};
-use whimbrel_pki::tls::{self, Credentials, TlsConfigError};
+use whimbrel_pki::tls::{self, TlsConfigError};
 
 use crate::config::Config;
 use crate::contact;
 use crate::events::Events;
 use crate::hosts::Hosts;
 use crate::migrate::Running;
+use crate::renewal::{self, Own, OwnError};
 use crate::store::{PlacementMove, Store, StoreError, VmRow, is_active};
 
 /// How long a VM's new host is asked how the VM is, in seconds, before the next round is left to find out.
@@ -35,7 +35,7 @@ pub struct Controller {
     hosts: Hosts,
     events: Events,
     authority: Authority,
-    credentials: Credentials,
+    own: Own,
     addresses: Vec<String>,
     running: Running,
     closing: watch::Sender<bool>,
@@ -50,8 +50,8 @@ pub enum OpenError {
     #[error("the pool's authority cannot be used")]
     Authority(#[from] AuthorityError),
     /// The controller's certificates cannot be used.
-    #[error("the controller's certificates cannot be used")]
-    Identity(#[from] BundleError),
+    #[error("the controller cannot show who it is")]
+    Own(#[from] OwnError),
     /// The certificates do not make a TLS client.
     #[error("the controller's certificates cannot be used for TLS")]
     Tls(#[from] TlsConfigError),
@@ -82,8 +82,8 @@ impl Controller {
     /// Opens a pool's folder. No host is asked anything yet: see [`Controller::start`].
     pub async fn open(config: &Config) -> Result<Arc<Self>, OpenError> {
         let authority = Authority::load(&config.dir)?;
-        let credentials = ControllerIdentity::load(&config.dir)?.client();
-        let hosts = Hosts::new(Arc::new(tls::client_config(&credentials)?));
+        let own = Own::open(&config.dir, &authority)?;
+        let hosts = Hosts::new(Arc::new(tls::client_config(&own.client())?));
         let store = Store::open(&config.database())?;
         for row in store.hosts().await? {
             hosts.insert(&row).map_err(OpenError::Host)?;
@@ -93,7 +93,7 @@ impl Controller {
             hosts,
             events: Events::default(),
             authority,
-            credentials,
+            own,
             addresses: config.addresses.clone(),
             running: Running::default(),
             closing: watch::Sender::new(false),
@@ -101,11 +101,18 @@ impl Controller {
         }))
     }
 
-    /// Starts the contact loop of every host.
+    /// Starts the contact loop of every host, and looks after the controller's own certificates.
     pub fn start(self: &Arc<Self>) {
         for member in self.hosts.all() {
             contact::spawn(self, member);
         }
+        let controller = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = renewal::keep_own(&controller) => {}
+                () = controller.closing() => {}
+            }
+        });
     }
 
     /// Asks every loop and stream to end.
@@ -147,6 +154,10 @@ impl Controller {
         &self.authority
     }
 
+    pub(crate) fn own(&self) -> &Own {
+        &self.own
+    }
+
     pub(crate) fn addresses(&self) -> &[String] {
         &self.addresses
     }
@@ -169,7 +180,7 @@ impl Controller {
             not_before,
             expires,
         };
-        SignedGrant::sign(&claims, &self.credentials)
+        SignedGrant::sign(&claims, &self.own.client())
             .map_err(|error| ApiError::internal("cannot sign a grant", &error))
     }
 

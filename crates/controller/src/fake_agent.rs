@@ -29,7 +29,7 @@ use whimbrel_api::vm::{RunningEngine, VmDefinition, VmState};
 use whimbrel_api::{ApiError, Epoch, MigrationId, Name, VmId};
 use whimbrel_pki::door::{Door, Listener};
 use whimbrel_pki::files::HostIdentity;
-use whimbrel_pki::tls;
+use whimbrel_pki::tls::{self, ServerConfig};
 
 /// Memory of a fake host that is free at first, in bytes.
 pub const MEMORY_BYTES: u64 = 8 << 30;
@@ -59,6 +59,9 @@ struct World {
 #[derive(Debug)]
 struct State {
     report: HostReport,
+    identity: HostIdentity,
+    /// What its door shows.
+    door: watch::Sender<Arc<ServerConfig>>,
     networks: BTreeMap<Name, Network>,
     storages: BTreeMap<Name, Storage>,
     /// The tokens that are in the file systems that this host sees; hosts with the same number see the same.
@@ -68,6 +71,8 @@ struct State {
     incoming: BTreeMap<MigrationId, Incoming>,
     outgoing: BTreeMap<MigrationId, Outgoing>,
     refusals: Vec<(String, ApiError)>,
+    /// Calls that are never answered.
+    swallowed: Vec<String>,
     calls: Vec<String>,
 }
 
@@ -92,7 +97,6 @@ pub struct FakeAgent {
     /// Where it listens; the same after [`FakeAgent::restart`].
     pub address: SocketAddr,
     world: FakeWorld,
-    identity: HostIdentity,
     stop: Option<oneshot::Sender<()>>,
     served: Option<tokio::task::JoinHandle<()>>,
 }
@@ -132,6 +136,10 @@ impl FakeWorld {
         let name: Name = identity.host().parse().expect("a certificate's name is a name");
         let state = State {
             report: report(&name, machines),
+            door: watch::Sender::new(
+                tls::server_config(&identity.server()).expect("the certificates are good"),
+            ),
+            identity,
             networks: BTreeMap::new(),
             storages: BTreeMap::new(),
             file_systems: 0,
@@ -140,6 +148,7 @@ impl FakeWorld {
             incoming: BTreeMap::new(),
             outgoing: BTreeMap::new(),
             refusals: Vec::new(),
+            swallowed: Vec::new(),
             calls: Vec::new(),
         };
         self.lock().hosts.insert(name.clone(), state);
@@ -147,7 +156,6 @@ impl FakeWorld {
             name,
             address: listener.local_addr().expect("a bound socket has an address"),
             world: self.clone(),
-            identity,
             stop: None,
             served: None,
         };
@@ -178,6 +186,7 @@ fn report(name: &Name, machines: &[&str]) -> HostReport {
         migration_address: "127.0.0.1".to_owned(),
         vms: 0,
         certificate_days_left: 365,
+        certificate_renewal_due: false,
     }
 }
 
@@ -192,8 +201,8 @@ impl FakeAgent {
     }
 
     fn serve(&mut self, listener: TcpListener) {
-        let tls = tls::server_config(&self.identity.server()).expect("the certificates are good");
-        let door = Door::new(calls::router(self.world.clone(), self.name.clone()), tls);
+        let tls = self.world.with(&self.name, |state| state.door.subscribe());
+        let door = Door::renewable(calls::router(self.world.clone(), self.name.clone()), tls);
         let (stop, stopped) = oneshot::channel::<()>();
         self.stop = Some(stop);
         self.served = Some(tokio::spawn(async move {
@@ -217,6 +226,25 @@ impl FakeAgent {
     /// Answers the next call whose "METHOD /path" begins with `call` with `error`.
     pub fn refuse_next(&self, call: &str, error: ApiError) {
         self.world.with(&self.name, |state| state.refusals.push((call.to_owned(), error)));
+    }
+
+    /// Never answers the next call whose "METHOD /path" begins with `call`, as if the way back were cut.
+    pub fn swallow_next(&self, call: &str) {
+        self.world.with(&self.name, |state| state.swallowed.push(call.to_owned()));
+    }
+
+    /// Shows another identity from now on, to everybody: open connections end.
+    ///
+    /// # Panics
+    /// If its certificates cannot be used for TLS, or its address cannot be had again.
+    pub async fn become_known_as(&mut self, identity: HostIdentity) {
+        self.stop().await;
+        let tls = tls::server_config(&identity.server()).expect("the certificates are good");
+        self.world.with(&self.name, |state| {
+            state.identity = identity;
+            state.door.send_replace(tls);
+        });
+        self.restart().await;
     }
 
     /// Lets the host see other file systems than the hosts with another `number`.

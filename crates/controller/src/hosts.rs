@@ -28,7 +28,7 @@ use crate::store::{HostRow, VmRow};
 #[derive(Debug)]
 pub struct Hosts {
     by_name: RwLock<BTreeMap<Name, Arc<Member>>>,
-    tls: Arc<ClientConfig>,
+    tls: RwLock<Arc<ClientConfig>>,
 }
 
 /// One host of the pool.
@@ -74,12 +74,12 @@ pub(crate) struct Changed {
 
 impl Hosts {
     pub(crate) fn new(tls: Arc<ClientConfig>) -> Self {
-        Self { by_name: RwLock::default(), tls }
+        Self { by_name: RwLock::default(), tls: RwLock::new(tls) }
     }
 
     /// Makes a host known, or known under its new address; `true` if it is new.
     pub(crate) fn insert(&self, row: &HostRow) -> Result<(Arc<Member>, bool), ApiError> {
-        let agent = AgentClient::new(&row.name, &row.address, self.tls.clone())?;
+        let agent = AgentClient::new(&row.name, &row.address, self.tls())?;
         let mut by_name = self.by_name.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(member) = by_name.get(&row.name) {
             let mut seen = member.seen();
@@ -104,6 +104,24 @@ impl Hosts {
         });
         by_name.insert(row.name.clone(), member.clone());
         Ok((member, true))
+    }
+
+    fn tls(&self) -> Arc<ClientConfig> {
+        self.tls.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Calls every agent with this from now on.
+    pub(crate) fn call_with(&self, tls: Arc<ClientConfig>) {
+        *self.tls.write().unwrap_or_else(PoisonError::into_inner) = tls.clone();
+        for member in self.all() {
+            let mut seen = member.seen();
+            match AgentClient::new(&member.name, &seen.address, tls.clone()) {
+                Ok(agent) => seen.agent = agent,
+                Err(error) => {
+                    tracing::error!(host = %member.name, %error, "called with the old certificates");
+                }
+            }
+        }
     }
 
     /// One host.

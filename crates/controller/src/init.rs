@@ -1,4 +1,5 @@
-//! `pool init`: a new pool's folder, with everything that its controller and its first operator need.
+//! `pool init`: a new pool's folder, with everything that its controller and its first operator need; and `pool renew`, which
+//! gives an operator's file a new certificate.
 //!
 //! ```text
 //! DIR/ (0700)  ca.pem ca.key                 the authority
@@ -7,19 +8,24 @@
 //!              client.toml (0600)            the operator's key and certificates in one file, to be copied
 //! ```
 //!
-//! An existing pool is never overwritten: its authority is what every certificate hangs on.
+//! An existing pool is never overwritten: its authority is what every certificate hangs on. Both need the authority's key, and
+//! so are run on the controller's machine, whether or not the controller runs.
 
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use whimbrel_api::Name;
-use whimbrel_api::client::ClientConfig;
-use whimbrel_pki::authority::{Authority, AuthorityError};
+use whimbrel_api::client::{ClientConfig, ClientConfigError};
+use whimbrel_pki::authority::{Authority, AuthorityError, Role};
 use whimbrel_pki::files::{
-    BundleError, CA_CERTIFICATE, CA_KEY, ControllerIdentity, OperatorIdentity,
+    BundleError, CA_CERTIFICATE, CA_KEY, ControllerIdentity, FilesError, OperatorIdentity,
+    replace_private,
 };
+use whimbrel_pki::identity::Peer;
+use whimbrel_pki::key::KeyError;
 
 use crate::config::{self, Config, ConfigError, ConfigFile};
 
@@ -51,6 +57,70 @@ pub struct PoolMade {
     pub config: PathBuf,
     /// The operator's configuration, secrets included.
     pub client: PathBuf,
+}
+
+/// An operator's file with a new certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Renewed {
+    /// The file.
+    pub client: PathBuf,
+    /// The operator's name.
+    pub operator: String,
+    /// When the new certificate expires.
+    pub expires: SystemTime,
+}
+
+/// Why an operator's file was not renewed; it is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum RenewError {
+    /// The authority's files cannot be used, or it did not issue.
+    #[error("the pool's authority cannot be used")]
+    Authority(#[from] AuthorityError),
+    /// The file cannot be read.
+    #[error("the operator's file {} cannot be used", path.display())]
+    Client {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ClientConfigError,
+    },
+    /// The file's certificate was not issued to an operator of this pool.
+    #[error("the certificate in {} is not that of an operator of this pool", path.display())]
+    NotOurs {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The key in the file cannot be certified.
+    #[error("the operator's key cannot be certified")]
+    Key(#[from] KeyError),
+    /// The file's text could not be made.
+    #[error("cannot write the configuration as TOML")]
+    Text(#[from] toml::ser::Error),
+    /// The file could not be written.
+    #[error("the operator's file is not renewed")]
+    Write(#[from] FilesError),
+}
+
+/// Gives the operator's file `client` (the one in the pool's folder `dir` unless told otherwise) a new certificate for its name
+/// and key, also when the old one has expired. The file is replaced in one step.
+pub fn renew_operator(dir: &Path, client: Option<&Path>) -> Result<Renewed, RenewError> {
+    let path = client.map_or_else(|| dir.join(CLIENT_FILE), Path::to_owned);
+    let authority = Authority::load(dir)?;
+    let unusable = |source| RenewError::Client { path: path.clone(), source };
+    let not_ours = || RenewError::NotOurs { path: path.clone() };
+    let config = ClientConfig::load(&path).map_err(unusable)?;
+    let operator = match config.certificate().map_err(unusable)?.peer() {
+        Ok(Peer::Operator(name)) if config.ca == authority.certificate().to_pem() => name,
+        _ => return Err(not_ours()),
+    };
+    let key = config.key().map_err(unusable)?.subject()?;
+    let certificate = authority.issue(Role::Operator(&operator), &key)?;
+    let renewed = ClientConfig { certificate: certificate.to_pem(), ..config };
+    let text = toml::to_string(&renewed)?;
+    let head = "# Makes the command line an operator of its pool. It holds a private key.\n";
+    replace_private(&path, &format!("{head}{text}"))?;
+    Ok(Renewed { client: path, operator, expires: certificate.not_after() })
 }
 
 /// Why no pool was made.
@@ -197,5 +267,33 @@ mod tests {
         let before = std::fs::read(dir.path().join("pool").join(CA_KEY)).unwrap();
         assert!(matches!(pool_init(&init(dir.path())), Err(InitError::Exists { .. })));
         assert_eq!(std::fs::read(dir.path().join("pool").join(CA_KEY)).unwrap(), before);
+    }
+
+    #[test]
+    fn an_operators_file_is_renewed_for_its_own_name_and_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = pool_init(&init(dir.path())).unwrap();
+        let pool = dir.path().join("pool");
+        let old = ClientConfig::load(&made.client).unwrap();
+        let renewed = renew_operator(&pool, None).unwrap();
+        assert_eq!((renewed.client.as_path(), renewed.operator.as_str()), (&*made.client, "admin"));
+        let new = ClientConfig::load(&made.client).unwrap();
+        assert_eq!((&new.controller, &new.key, &new.ca), (&old.controller, &old.key, &old.ca));
+        assert_ne!(new.certificate, old.certificate);
+        assert_eq!(new.certificate().unwrap().peer().unwrap(), Peer::Operator("admin".to_owned()));
+        whimbrel_api::client::PoolClient::from_config(&new).unwrap();
+        let mode = std::fs::metadata(&made.client).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+
+        // Another pool's, and one that is no operator's.
+        let other = pool_init(&PoolInit { dir: dir.path().join("other"), ..init(dir.path()) });
+        let refused = renew_operator(&pool, Some(&other.unwrap().client)).unwrap_err();
+        assert!(matches!(refused, RenewError::NotOurs { .. }), "{refused}");
+        let agent = std::fs::read_to_string(pool.join("controller-client.pem")).unwrap();
+        let disguised = toml::to_string(&ClientConfig { certificate: agent, ..new }).unwrap();
+        std::fs::write(&made.client, &disguised).unwrap();
+        let refused = renew_operator(&pool, None).unwrap_err();
+        assert!(matches!(refused, RenewError::NotOurs { .. }), "{refused}");
+        assert_eq!(std::fs::read_to_string(&made.client).unwrap(), disguised);
     }
 }

@@ -164,6 +164,7 @@ mod tests {
             migration_address: String::new(),
             vms: 0,
             certificate_days_left: 1,
+            certificate_renewal_due: false,
         };
         Candidate { enabled: true, report }
     }

@@ -14,8 +14,6 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 use whimbrel_pki::door::{Door, Listener};
-use whimbrel_pki::files::{BundleError, ControllerIdentity};
-use whimbrel_pki::tls::{self, TlsConfigError};
 
 use crate::config::Config;
 use crate::controller::{Controller, OpenError};
@@ -44,12 +42,6 @@ pub enum RunError {
     /// The pool's folder cannot be used.
     #[error("the pool cannot be opened")]
     Open(#[from] OpenError),
-    /// The controller's certificates cannot be used.
-    #[error("the controller's certificates cannot be used")]
-    Identity(#[from] BundleError),
-    /// The certificates do not make a TLS server.
-    #[error("the controller's certificates cannot be used for TLS")]
-    Tls(#[from] TlsConfigError),
     /// The TCP address cannot be listened on.
     #[error("cannot listen on {address}")]
     Listen {
@@ -93,7 +85,7 @@ pub(crate) async fn run_until(
 ) -> Result<(), RunError> {
     let _lock = lock(&config.lock())?;
     let controller = Controller::open(&config).await?;
-    let door = door(&config, &controller)?;
+    let door = door(&controller);
     let listeners = listeners(&config).await?;
     controller.start();
     let resuming = controller.clone();
@@ -113,10 +105,8 @@ pub(crate) async fn run_until(
 }
 
 /// The API behind mutual TLS.
-pub(crate) fn door(config: &Config, controller: &Arc<Controller>) -> Result<Door, RunError> {
-    let identity = ControllerIdentity::load(&config.dir)?;
-    let tls = tls::join_server_config(&identity.server())?;
-    Ok(Door::new(http::router(controller.clone()), tls))
+pub(crate) fn door(controller: &Arc<Controller>) -> Door {
+    Door::renewable(http::router(controller.clone()), controller.own().door())
 }
 
 /// Two controllers on one database would both lead migrations; the lock ends with the process, however it ends.

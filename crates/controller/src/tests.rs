@@ -5,5 +5,6 @@ mod hosts;
 mod joining;
 mod migrations;
 mod process;
+mod renewal;
 mod rig;
 mod vms;

@@ -245,14 +245,27 @@ impl Authority {
         agent_request_pem: &str,
         qemu_request_pem: &str,
     ) -> Result<HostCertificates, AuthorityError> {
+        let validity = Validity::days_from(SystemTime::now(), CERTIFICATE_DAYS);
+        self.issue_host_within(host, agent_request_pem, qemu_request_pem, validity)
+    }
+
+    /// The same with a chosen validity.
+    pub fn issue_host_within(
+        &self,
+        host: &str,
+        agent_request_pem: &str,
+        qemu_request_pem: &str,
+        validity: Validity,
+    ) -> Result<HostCertificates, AuthorityError> {
         let agent = SubjectKey::from_request_pem(agent_request_pem)?;
         let qemu = SubjectKey::from_request_pem(qemu_request_pem)?;
+        let issue = |role, key| self.issue_within(role, key, validity).map(|made| made.to_pem());
         Ok(HostCertificates {
             ca: self.certificate.to_pem(),
-            agent_server: self.issue(Role::AgentServer(host), &agent)?.to_pem(),
-            agent_client: self.issue(Role::AgentClient(host), &agent)?.to_pem(),
-            qemu_server: self.issue(Role::QemuServer(host), &qemu)?.to_pem(),
-            qemu_client: self.issue(Role::QemuClient(host), &qemu)?.to_pem(),
+            agent_server: issue(Role::AgentServer(host), &agent)?,
+            agent_client: issue(Role::AgentClient(host), &agent)?,
+            qemu_server: issue(Role::QemuServer(host), &qemu)?,
+            qemu_client: issue(Role::QemuClient(host), &qemu)?,
         })
     }
 }

@@ -19,6 +19,9 @@ use crate::identity::{self, IdentityError, Peer};
 /// Longest certificate that is read, in bytes of PEM; ours are about 800.
 pub const MAX_CERTIFICATE_BYTES: usize = 16 * 1024;
 
+/// A certificate is to be renewed when less than one part of so many is left of its lifetime.
+pub const RENEWAL_PARTS: i64 = 3;
+
 const SECONDS_PER_DAY: i64 = 24 * 60 * 60;
 const PEM_LINE_CHARS: usize = 64;
 
@@ -127,6 +130,18 @@ impl Certificate {
     /// Whole days of validity left at `now`; negative once expired.
     pub fn days_left(&self, now: SystemTime) -> i64 {
         (self.not_after_unix - unix_seconds(now)).div_euclid(SECONDS_PER_DAY)
+    }
+
+    /// Whether it is over at `now`.
+    pub fn is_expired(&self, now: SystemTime) -> bool {
+        unix_seconds(now) > self.not_after_unix
+    }
+
+    /// Whether so little is left at `now` that it is time for a new one; see [`RENEWAL_PARTS`].
+    pub fn is_renewal_due(&self, now: SystemTime) -> bool {
+        let lifetime = self.not_after_unix.saturating_sub(self.not_before_unix);
+        let left = self.not_after_unix.saturating_sub(unix_seconds(now));
+        left.saturating_mul(RENEWAL_PARTS) < lifetime
     }
 
     /// The public point that the certificate certifies.

@@ -116,7 +116,7 @@ impl Default for Limits {
 #[derive(Clone, Debug)]
 pub struct Door {
     router: Router,
-    tls: Arc<ServerConfig>,
+    tls: watch::Receiver<Arc<ServerConfig>>,
     limits: Limits,
 }
 
@@ -124,6 +124,12 @@ impl Door {
     /// Puts `tls` ([`crate::tls::server_config`] or [`crate::tls::join_server_config`]) in front
     /// of `router`.
     pub fn new(router: Router, tls: Arc<ServerConfig>) -> Self {
+        Self::renewable(router, watch::channel(tls).1)
+    }
+
+    /// The same with a configuration that may be replaced while the door serves: a handshake takes the one that is there when
+    /// it begins, and open connections go on with theirs.
+    pub fn renewable(router: Router, tls: watch::Receiver<Arc<ServerConfig>>) -> Self {
         Self { router, tls, limits: Limits::default() }
     }
 
@@ -139,7 +145,7 @@ impl Door {
         let (closing, closed) = watch::channel(());
         let rooms = Arc::new(Rooms {
             router: self.router,
-            acceptor: TlsAcceptor::from(self.tls),
+            tls: self.tls,
             limits,
             admitted: Arc::new(Semaphore::new(limits.connections)),
             anonymous: Arc::new(Semaphore::new(limits.anonymous_connections)),
@@ -229,7 +235,7 @@ async fn pause_after(error: &io::Error) {
 /// What all connections of one door share.
 struct Rooms {
     router: Router,
-    acceptor: TlsAcceptor,
+    tls: watch::Receiver<Arc<ServerConfig>>,
     limits: Limits,
     admitted: Arc<Semaphore>,
     anonymous: Arc<Semaphore>,
@@ -260,7 +266,8 @@ impl Rooms {
 
     async fn handshake(&self, socket: Socket) -> Result<TlsStream<Socket>, Refusal> {
         let deadline = self.limits.handshake;
-        match timeout(deadline, self.acceptor.accept(socket).into_fallible()).await {
+        let acceptor = TlsAcceptor::from(Arc::clone(&self.tls.borrow()));
+        match timeout(deadline, acceptor.accept(socket).into_fallible()).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err((error, socket))) => {
                 linger(socket).await;

@@ -9,14 +9,20 @@
 //! operator    ca.pem  operator.key  operator.pem
 //! ```
 //!
-//! Keys are 0600, certificates 0644, folders that we make 0700. Nothing here watches for changes.
+//! Keys are 0600, certificates 0644, folders that we make 0700. Certificates are renewed for the same
+//! keys: whatever of a renewal is on the disk, old or new, belongs to the key beside it. Nothing here
+//! watches for changes.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::SystemTime;
 
-use crate::authority::{Authority, AuthorityError, HostCertificates, Role};
+use crate::authority::{
+    Authority, AuthorityError, CERTIFICATE_DAYS, HostCertificates, Role, Validity,
+};
 use crate::certificate::{Certificate, CertificateError};
 use crate::identity::{IdentityError, Peer};
 use crate::key::{KeyError, PrivateKey};
@@ -76,11 +82,13 @@ pub enum FilesError {
         #[source]
         source: io::Error,
     },
-    /// A file is longer than [`MAX_FILE_BYTES`].
-    #[error("{} is longer than {MAX_FILE_BYTES} bytes", path.display())]
+    /// A file is longer than any of its kind.
+    #[error("{} is longer than {bytes_max} bytes", path.display())]
     TooLong {
         /// The file.
         path: PathBuf,
+        /// The longest that is read.
+        bytes_max: u64,
     },
     /// A key file that its group or others may read.
     #[error("{} holds a private key, but its mode {mode:03o} lets others at it; use chmod 600", path.display())]
@@ -150,6 +158,9 @@ pub enum BundleError {
         /// Whom it names.
         found: Peer,
     },
+    /// New certificates are of another pool than the host.
+    #[error("the new certificates are of another authority than this host's pool")]
+    OtherAuthority,
     /// A certificate and the key beside it do not belong together.
     #[error("the certificate {file} does not belong to the key beside it")]
     Mismatch {
@@ -183,24 +194,73 @@ impl HostKeys {
 }
 
 /// All that makes a host known in its pool.
+///
+/// Its certificates can be renewed ([`HostIdentity::renew`]): all clones then give out the new ones.
 #[derive(Clone, Debug)]
 pub struct HostIdentity {
     host: String,
     ca: Certificate,
-    agent_key: PrivateKey,
+    keys: HostKeys,
+    issued: Arc<RwLock<Issued>>,
+}
+
+/// A host's certificates, which are renewed together.
+#[derive(Clone, Debug)]
+struct Issued {
     agent_server: Certificate,
     agent_client: Certificate,
-    qemu_key: PrivateKey,
     qemu_server: Certificate,
     qemu_client: Certificate,
+}
+
+impl Issued {
+    fn read(received: &HostCertificates) -> Result<Self, BundleError> {
+        Ok(Self {
+            agent_server: received_certificate(AGENT_SERVER, &received.agent_server)?,
+            agent_client: received_certificate(AGENT_CLIENT, &received.agent_client)?,
+            qemu_server: received_certificate(QEMU_SERVER, &received.qemu_server)?,
+            qemu_client: received_certificate(QEMU_CLIENT, &received.qemu_client)?,
+        })
+    }
+
+    /// Each certificate belongs to its key and to `host`.
+    fn check(&self, host: &str, keys: &HostKeys) -> Result<(), BundleError> {
+        let agent = Peer::Agent(host.to_owned());
+        let qemu = Peer::Qemu(host.to_owned());
+        check_pair(AGENT_SERVER, &self.agent_server, &keys.agent, &agent)?;
+        check_pair(AGENT_CLIENT, &self.agent_client, &keys.agent, &agent)?;
+        check_pair(QEMU_SERVER, &self.qemu_server, &keys.qemu, &qemu)?;
+        check_pair(QEMU_CLIENT, &self.qemu_client, &keys.qemu, &qemu)
+    }
+
+    fn save(&self, folder: &Path) -> Result<(), FilesError> {
+        write_certificate(folder, AGENT_SERVER, &self.agent_server)?;
+        write_certificate(folder, AGENT_CLIENT, &self.agent_client)?;
+        write_certificate(folder, QEMU_SERVER, &self.qemu_server)?;
+        write_certificate(folder, QEMU_CLIENT, &self.qemu_client)
+    }
+
+    fn all(&self) -> [&Certificate; 4] {
+        [&self.agent_server, &self.agent_client, &self.qemu_server, &self.qemu_client]
+    }
 }
 
 impl HostIdentity {
     /// Makes a host's identity where the authority is at hand (the lab, tests).
     pub fn issue(authority: &Authority, host: &str) -> Result<Self, BundleError> {
+        let validity = Validity::days_from(SystemTime::now(), CERTIFICATE_DAYS);
+        Self::issue_within(authority, host, validity)
+    }
+
+    /// The same with a chosen validity.
+    pub fn issue_within(
+        authority: &Authority,
+        host: &str,
+        validity: Validity,
+    ) -> Result<Self, BundleError> {
         let keys = HostKeys::generate()?;
-        let certificates =
-            authority.issue_host(host, &keys.agent_request_pem()?, &keys.qemu_request_pem()?)?;
+        let (agent, qemu) = (keys.agent_request_pem()?, keys.qemu_request_pem()?);
+        let certificates = authority.issue_host_within(host, &agent, &qemu, validity)?;
         Self::assemble(keys, &certificates, host)
     }
 
@@ -211,32 +271,18 @@ impl HostIdentity {
         received: &HostCertificates,
         host: &str,
     ) -> Result<Self, BundleError> {
-        let read = |file, pem: &str| {
-            Certificate::from_pem(pem).map_err(|source| BundleError::Certificate { file, source })
-        };
-        let identity = Self {
-            host: host.to_owned(),
-            ca: read(CA_CERTIFICATE, &received.ca)?,
-            agent_key: keys.agent,
-            agent_server: read(AGENT_SERVER, &received.agent_server)?,
-            agent_client: read(AGENT_CLIENT, &received.agent_client)?,
-            qemu_key: keys.qemu,
-            qemu_server: read(QEMU_SERVER, &received.qemu_server)?,
-            qemu_client: read(QEMU_CLIENT, &received.qemu_client)?,
-        };
-        identity.check()?;
-        Ok(identity)
+        let issued = Issued::read(received)?;
+        issued.check(host, &keys)?;
+        let ca = received_certificate(CA_CERTIFICATE, &received.ca)?;
+        Ok(Self { host: host.to_owned(), ca, keys, issued: Arc::new(RwLock::new(issued)) })
     }
 
     /// Writes the folder, keys first.
     pub fn save(&self, folder: &Path) -> Result<(), BundleError> {
         ensure_folder(folder)?;
-        write_key(folder, AGENT_KEY, &self.agent_key)?;
-        write_key(folder, QEMU_KEY, &self.qemu_key)?;
-        write_certificate(folder, AGENT_SERVER, &self.agent_server)?;
-        write_certificate(folder, AGENT_CLIENT, &self.agent_client)?;
-        write_certificate(folder, QEMU_SERVER, &self.qemu_server)?;
-        write_certificate(folder, QEMU_CLIENT, &self.qemu_client)?;
+        write_key(folder, AGENT_KEY, &self.keys.agent)?;
+        write_key(folder, QEMU_KEY, &self.keys.qemu)?;
+        self.issued().save(folder)?;
         // Last: a folder with ca.pem is complete, so a join that was cut off is seen as none.
         write_certificate(folder, CA_CERTIFICATE, &self.ca)?;
         Ok(())
@@ -252,32 +298,38 @@ impl HostIdentity {
                 return Err(BundleError::WrongHolder { file: AGENT_SERVER, expected, found });
             }
         };
-        let identity = Self {
-            host,
-            ca: read_certificate(folder, CA_CERTIFICATE)?,
-            agent_key: read_key(folder, AGENT_KEY)?,
+        let ca = read_certificate(folder, CA_CERTIFICATE)?;
+        let keys =
+            HostKeys { agent: read_key(folder, AGENT_KEY)?, qemu: read_key(folder, QEMU_KEY)? };
+        let issued = Issued {
             agent_server,
             agent_client: read_certificate(folder, AGENT_CLIENT)?,
-            qemu_key: read_key(folder, QEMU_KEY)?,
             qemu_server: read_certificate(folder, QEMU_SERVER)?,
             qemu_client: read_certificate(folder, QEMU_CLIENT)?,
         };
-        identity.check()?;
-        Ok(identity)
+        issued.check(&host, &keys)?;
+        Ok(Self { host, ca, keys, issued: Arc::new(RwLock::new(issued)) })
+    }
+
+    /// Takes new certificates for the same keys: first to `folder`, each file in one step, then to
+    /// whoever asks this identity or a clone of it from now on.
+    ///
+    /// Postcondition: on an error the certificates in use are the old ones, and the folder can be
+    /// loaded.
+    pub fn renew(&self, received: &HostCertificates, folder: &Path) -> Result<(), BundleError> {
+        if received_certificate(CA_CERTIFICATE, &received.ca)? != self.ca {
+            return Err(BundleError::OtherAuthority);
+        }
+        let issued = Issued::read(received)?;
+        issued.check(&self.host, &self.keys)?;
+        issued.save(folder)?;
+        *self.issued.write().unwrap_or_else(PoisonError::into_inner) = issued;
+        Ok(())
     }
 
     /// Whether `folder` holds a complete identity (its last-written file exists).
     pub fn exists(folder: &Path) -> bool {
         folder.join(CA_CERTIFICATE).exists()
-    }
-
-    fn check(&self) -> Result<(), BundleError> {
-        let agent = Peer::Agent(self.host.clone());
-        let qemu = Peer::Qemu(self.host.clone());
-        check_pair(AGENT_SERVER, &self.agent_server, &self.agent_key, &agent)?;
-        check_pair(AGENT_CLIENT, &self.agent_client, &self.agent_key, &agent)?;
-        check_pair(QEMU_SERVER, &self.qemu_server, &self.qemu_key, &qemu)?;
-        check_pair(QEMU_CLIENT, &self.qemu_client, &self.qemu_key, &qemu)
     }
 
     /// The host's name.
@@ -290,24 +342,43 @@ impl HostIdentity {
         &self.ca
     }
 
+    /// The keys, for signing requests.
+    pub fn keys(&self) -> &HostKeys {
+        &self.keys
+    }
+
+    /// Whether any of the certificates is over at `now`.
+    pub fn is_expired(&self, now: SystemTime) -> bool {
+        self.issued().all().iter().any(|certificate| certificate.is_expired(now))
+    }
+
+    /// Whether it is time at `now` to renew the certificates.
+    pub fn is_renewal_due(&self, now: SystemTime) -> bool {
+        self.issued().all().iter().any(|certificate| certificate.is_renewal_due(now))
+    }
+
     /// What the agent's door shows.
     pub fn server(&self) -> Credentials {
-        credentials(&self.ca, &self.agent_server, &self.agent_key)
+        credentials(&self.ca, &self.issued().agent_server, &self.keys.agent)
     }
 
     /// What the agent shows when it calls.
     pub fn client(&self) -> Credentials {
-        credentials(&self.ca, &self.agent_client, &self.agent_key)
+        credentials(&self.ca, &self.issued().agent_client, &self.keys.agent)
     }
 
     /// What a receiving QEMU shows; see [`crate::qemu_credentials`].
     pub fn qemu_server(&self) -> Credentials {
-        credentials(&self.ca, &self.qemu_server, &self.qemu_key)
+        credentials(&self.ca, &self.issued().qemu_server, &self.keys.qemu)
     }
 
     /// What a sending QEMU shows; see [`crate::qemu_credentials`].
     pub fn qemu_client(&self) -> Credentials {
-        credentials(&self.ca, &self.qemu_client, &self.qemu_key)
+        credentials(&self.ca, &self.issued().qemu_client, &self.keys.qemu)
+    }
+
+    fn issued(&self) -> Issued {
+        self.issued.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -323,14 +394,38 @@ pub struct ControllerIdentity {
 impl ControllerIdentity {
     /// Makes the controller's key and certificates.
     pub fn issue(authority: &Authority) -> Result<Self, BundleError> {
-        let key = PrivateKey::generate()?;
+        let validity = Validity::days_from(SystemTime::now(), CERTIFICATE_DAYS);
+        Self::issue_within(authority, validity)
+    }
+
+    /// The same with a chosen validity.
+    pub fn issue_within(authority: &Authority, validity: Validity) -> Result<Self, BundleError> {
+        Self::certified(authority, PrivateKey::generate()?, validity)
+    }
+
+    fn certified(
+        authority: &Authority,
+        key: PrivateKey,
+        validity: Validity,
+    ) -> Result<Self, BundleError> {
         let subject = key.subject()?;
         Ok(Self {
             ca: authority.certificate().clone(),
-            server: authority.issue(Role::ControllerServer, &subject)?,
-            client: authority.issue(Role::ControllerClient, &subject)?,
+            server: authority.issue_within(Role::ControllerServer, &subject, validity)?,
+            client: authority.issue_within(Role::ControllerClient, &subject, validity)?,
             key,
         })
+    }
+
+    /// New certificates for the same key.
+    pub fn renewed(&self, authority: &Authority) -> Result<Self, BundleError> {
+        let validity = Validity::days_from(SystemTime::now(), CERTIFICATE_DAYS);
+        Self::certified(authority, self.key.clone(), validity)
+    }
+
+    /// Whether it is time at `now` to renew the certificates.
+    pub fn is_renewal_due(&self, now: SystemTime) -> bool {
+        self.server.is_renewal_due(now) || self.client.is_renewal_due(now)
     }
 
     /// Writes the folder, the key first.
@@ -427,6 +522,10 @@ fn credentials(ca: &Certificate, certificate: &Certificate, key: &PrivateKey) ->
     Credentials { ca: ca.clone(), certificate: certificate.clone(), key: key.clone() }
 }
 
+fn received_certificate(file: &'static str, pem: &str) -> Result<Certificate, BundleError> {
+    Certificate::from_pem(pem).map_err(|source| BundleError::Certificate { file, source })
+}
+
 fn holder(file: &'static str, certificate: &Certificate) -> Result<Peer, BundleError> {
     certificate.peer().map_err(|source| BundleError::Identity { file, source })
 }
@@ -471,31 +570,61 @@ pub(crate) fn write_certificate(
 
 pub(crate) fn read_certificate(folder: &Path, name: &str) -> Result<Certificate, FilesError> {
     let path = folder.join(name);
-    let (text, _) = read_bounded(&path)?;
-    Certificate::from_pem(&text).map_err(|source| FilesError::Certificate { path, source })
+    let file = SmallFile::read(&path, MAX_FILE_BYTES)?;
+    Certificate::from_pem(file.text()).map_err(|source| FilesError::Certificate { path, source })
 }
 
 /// Reads a private key, refusing a file that others than its owner may touch.
 pub(crate) fn read_key(folder: &Path, name: &str) -> Result<PrivateKey, FilesError> {
     let path = folder.join(name);
-    let (text, mode) = read_bounded(&path)?;
-    if mode & OTHERS != 0 {
-        return Err(FilesError::Exposed { path, mode });
-    }
-    PrivateKey::from_pem(&text).map_err(|source| FilesError::Key { path, source })
+    let file = SmallFile::read(&path, MAX_FILE_BYTES)?;
+    PrivateKey::from_pem(file.private()?).map_err(|source| FilesError::Key { path, source })
 }
 
-/// The text of a file and its permission bits.
-fn read_bounded(path: &Path) -> Result<(String, u32), FilesError> {
-    let failed = |source| FilesError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
-    let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o777;
-    let mut text = String::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
-    if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(FilesError::TooLong { path: path.to_owned() });
+/// The text of a small file that may hold a secret. It has no `Debug` form.
+pub struct SmallFile {
+    path: PathBuf,
+    text: String,
+    mode: u32,
+}
+
+impl SmallFile {
+    /// Reads a file of at most `bytes_max` bytes.
+    pub fn read(path: &Path, bytes_max: u64) -> Result<Self, FilesError> {
+        let failed = |source| FilesError::Read { path: path.to_owned(), source };
+        let file = File::open(path).map_err(failed)?;
+        let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o777;
+        let mut text = String::new();
+        file.take(bytes_max.saturating_add(1)).read_to_string(&mut text).map_err(failed)?;
+        if text.len() as u64 > bytes_max {
+            return Err(FilesError::TooLong { path: path.to_owned(), bytes_max });
+        }
+        Ok(Self { path: path.to_owned(), text, mode })
     }
-    Ok((text, mode))
+
+    /// What stands in it, secret or not.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// What stands in it, if nobody but its owner may touch the file.
+    pub fn private(&self) -> Result<&str, FilesError> {
+        if self.mode & OTHERS != 0 {
+            return Err(FilesError::Exposed { path: self.path.clone(), mode: self.mode });
+        }
+        Ok(&self.text)
+    }
+}
+
+/// Replaces the secret file `path` (0600) in one step; on failure the old one stands.
+pub fn replace_private(path: &Path, text: &str) -> Result<(), FilesError> {
+    let no_file = || FilesError::Write {
+        path: path.to_owned(),
+        source: io::Error::from(io::ErrorKind::InvalidInput),
+    };
+    let name = path.file_name().and_then(|name| name.to_str()).ok_or_else(no_file)?;
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    write_atomically(folder.unwrap_or(Path::new(".")), name, text.as_bytes(), KEY_MODE)
 }
 
 /// Replaces `folder/name` in one step: written beside it, synced, renamed, folder synced. On

@@ -8,7 +8,6 @@
 use std::fmt;
 use std::sync::Arc;
 
-pub use rustls::ClientConfig;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
@@ -17,8 +16,9 @@ use rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientV
 use rustls::version::TLS13;
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore,
-    ServerConfig, SignatureScheme,
+    SignatureScheme,
 };
+pub use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use crate::certificate::{Certificate, Fingerprint};
@@ -84,6 +84,13 @@ pub fn client_config(own: &Credentials) -> Result<ClientConfig, TlsConfigError> 
         .with_client_auth_cert(vec![own.certificate.der().clone()], own.key.to_der())
         .map_err(TlsConfigError::Own)?;
     Ok(without_resumption(config))
+}
+
+/// The certificate that a configuration of [`client_config`] shows.
+pub fn shown_by(config: &ClientConfig) -> Option<Certificate> {
+    // The configuration has one certificate: it is shown whatever the server asks for.
+    let shown = config.client_auth_cert_resolver.resolve(&[], &[])?;
+    Certificate::from_der(shown.end_entity_cert().ok()?.clone().into_owned()).ok()
 }
 
 /// For a host that joins: no certificate of its own yet, and trust in the one authority whose

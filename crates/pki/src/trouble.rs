@@ -150,74 +150,138 @@ impl TlsTrouble {
             other => other,
         }
     }
+
+    /// The same sentence for whoever is at neither end, and would not know who "we" are: `ours` and `theirs` say it
+    /// ("the controller", "host-b").
+    pub fn between(&self, ours: &str, theirs: &str) -> String {
+        let words = Words {
+            we: ours,
+            they: theirs,
+            our_certificate: format!("the certificate of {ours}"),
+            their_certificate: format!("the certificate of {theirs}"),
+        };
+        Between { trouble: self, words }.to_string()
+    }
 }
 
 impl fmt::Display for TlsTrouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Expired { whose, days: Some(0) } => {
-                write!(f, "{whose} has expired today; renew it")
-            }
-            Self::Expired { whose, days: Some(days) } => {
-                write!(f, "{whose} expired {days} days ago; renew it")
-            }
-            Self::Expired { whose: Whose::Ours, days: None } => f.write_str(
-                "the other side says that our certificate is out of date, though by our clock it \
-                 is not; compare the two clocks",
-            ),
-            Self::Expired { whose, days: None } => write!(f, "{whose} has expired; renew it"),
-            Self::NotYetValid { whose, seconds } => {
-                write!(f, "{whose} is valid in {seconds} s only; compare the two clocks")
-            }
-            Self::UnknownAuthority { whose } => write!(
-                f,
-                "{whose} was not issued by this pool's authority (it is of another pool, or \
-                 self-signed)"
-            ),
-            Self::WrongName { whose, expected, got } => wrong_name(f, *whose, expected, got),
-            Self::WrongPurpose { whose } => write!(
-                f,
-                "{whose} is for the other end of a connection (a client's where a server's is \
-                 needed, or the reverse)"
-            ),
-            Self::NoClientCertificate { whose: Whose::Theirs } => {
-                f.write_str("the client showed no certificate")
-            }
-            Self::NoClientCertificate { whose: Whose::Ours } => {
-                f.write_str("the other side wants a certificate of its pool, and we showed none")
-            }
-            Self::NoRole { whose, why: Some(why) } => write!(f, "{whose} is refused: {why}"),
-            Self::NoRole { whose, why: None } => {
-                write!(f, "{whose} is of the pool, but its holder may not speak here")
-            }
-            Self::BadSignature { whose } => write!(
-                f,
-                "{whose} or its proof carries a signature that does not match; it was tampered \
-                 with, or its key belongs to another certificate"
-            ),
-            Self::NotTls => f.write_str("the other side does not speak TLS"),
-            Self::OldProtocol => f.write_str("the other side does not speak TLS 1.3"),
-            Self::Closed => f.write_str("the other side closed the connection without a word"),
-            Self::TimedOut { seconds } => {
-                write!(f, "the other side was silent for {seconds} s")
-            }
-            Self::Handshake { what } => write!(f, "the TLS handshake failed: {what}"),
-        }
+        let words = Words {
+            we: "we",
+            they: "the other side",
+            our_certificate: Whose::Ours.to_string(),
+            their_certificate: Whose::Theirs.to_string(),
+        };
+        words.tell(self, f)
     }
 }
 
-fn wrong_name(
-    f: &mut fmt::Formatter<'_>,
-    whose: Whose,
-    expected: &Option<String>,
-    got: &[String],
-) -> fmt::Result {
-    match (expected, got) {
-        (Some(expected), []) => write!(f, "{whose} is not for {expected}, which was called"),
-        (Some(expected), got) => {
-            write!(f, "{whose} is for {}, not for {expected}, which was called", got.join(", "))
+/// A trouble in words for whoever is at neither end; see [`TlsTrouble::between`].
+struct Between<'a> {
+    trouble: &'a TlsTrouble,
+    words: Words<'a>,
+}
+
+impl fmt::Display for Between<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.words.tell(self.trouble, f)
+    }
+}
+
+/// How the two ends are called.
+struct Words<'a> {
+    we: &'a str,
+    they: &'a str,
+    our_certificate: String,
+    their_certificate: String,
+}
+
+impl Words<'_> {
+    fn of(&self, whose: Whose) -> &str {
+        match whose {
+            Whose::Ours => &self.our_certificate,
+            Whose::Theirs => &self.their_certificate,
         }
-        (None, _) => write!(f, "{whose} is not for the name that the other side called"),
+    }
+
+    fn tell(&self, trouble: &TlsTrouble, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use TlsTrouble as T;
+        let Self { we, they, .. } = self;
+        match trouble {
+            T::Expired { whose, days } => self.expired(*whose, *days, f),
+            T::NotYetValid { whose, seconds } => {
+                let certificate = self.of(*whose);
+                write!(f, "{certificate} is valid in {seconds} s only; compare the two clocks")
+            }
+            T::UnknownAuthority { whose } => write!(
+                f,
+                "{} was not issued by this pool's authority (it is of another pool, or self-signed)",
+                self.of(*whose)
+            ),
+            T::WrongName { whose, expected, got } => self.wrong_name(*whose, expected, got, f),
+            T::WrongPurpose { whose } => write!(
+                f,
+                "{} is for the other end of a connection (a client's where a server's is needed, \
+                 or the reverse)",
+                self.of(*whose)
+            ),
+            T::NoClientCertificate { whose: Whose::Theirs } => {
+                f.write_str("the client showed no certificate")
+            }
+            T::NoClientCertificate { whose: Whose::Ours } => {
+                write!(f, "{they} wants a certificate of its pool, and {we} showed none")
+            }
+            T::NoRole { whose, why: Some(why) } => {
+                write!(f, "{} is refused: {why}", self.of(*whose))
+            }
+            T::NoRole { whose, why: None } => {
+                let certificate = self.of(*whose);
+                write!(f, "{certificate} is of the pool, but its holder may not speak here")
+            }
+            T::BadSignature { whose } => write!(
+                f,
+                "{} or its proof carries a signature that does not match; it was tampered with, \
+                 or its key belongs to another certificate",
+                self.of(*whose)
+            ),
+            T::NotTls => write!(f, "{they} does not speak TLS"),
+            T::OldProtocol => write!(f, "{they} does not speak TLS 1.3"),
+            T::Closed => write!(f, "{they} closed the connection without a word"),
+            T::TimedOut { seconds } => write!(f, "{they} was silent for {seconds} s"),
+            T::Handshake { what } => write!(f, "the TLS handshake failed: {what}"),
+        }
+    }
+
+    fn expired(&self, whose: Whose, days: Option<u64>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let certificate = self.of(whose);
+        match (days, whose) {
+            (Some(0), _) => write!(f, "{certificate} has expired today; renew it"),
+            (Some(days), _) => write!(f, "{certificate} expired {days} days ago; renew it"),
+            (None, Whose::Theirs) => write!(f, "{certificate} has expired; renew it"),
+            (None, Whose::Ours) => write!(
+                f,
+                "{} says that {certificate} is out of date, though by our clock it is not; \
+                 compare the two clocks",
+                self.they
+            ),
+        }
+    }
+
+    fn wrong_name(
+        &self,
+        whose: Whose,
+        expected: &Option<String>,
+        got: &[String],
+        f: &mut fmt::Formatter<'_>,
+    ) -> fmt::Result {
+        let whose = self.of(whose);
+        match (expected, got) {
+            (Some(expected), []) => write!(f, "{whose} is not for {expected}, which was called"),
+            (Some(expected), got) => {
+                write!(f, "{whose} is for {}, not for {expected}, which was called", got.join(", "))
+            }
+            (None, _) => write!(f, "{whose} is not for the name that {} called", self.they),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use whimbrel_pki::tls::{self, Credentials};
 use crate::place::{Place, definition, eventually, in_namespace};
 
 /// Serves on the place's address while `during` happens, and ends as SIGTERM would end it.
-fn serve<T, F: Future<Output = T>>(place: &Place, during: impl FnOnce() -> F) -> T {
+pub(crate) fn serve<T, F: Future<Output = T>>(place: &Place, during: impl FnOnce() -> F) -> T {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
@@ -37,7 +37,7 @@ fn client(place: &Place, credentials: &Credentials) -> AgentClient {
     AgentClient::new(&place.config.name, &place.config.advertised(), tls).unwrap()
 }
 
-fn controller(place: &Place) -> AgentClient {
+pub(crate) fn controller(place: &Place) -> AgentClient {
     client(place, &place.pool.controller.client())
 }
 

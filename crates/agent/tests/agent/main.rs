@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // tests: the lint knows only functions marked as such
 
+mod certificates;
 mod http;
 mod loans;
 mod migrations;

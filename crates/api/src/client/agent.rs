@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use reqwest::Method;
 use whimbrel_migration::names::{MigrationId, Name, VmId};
+use whimbrel_pki::authority::HostCertificates;
 
 use super::{Caller, Console, EventStream, Target};
 use crate::ApiError;
 use crate::agent::{
-    Handoff, HostReport, IncomingOffer, IncomingReport, IncomingRequest, KnockAddress,
-    KnockConnect, KnockListen, Mobility, OutgoingReport, OutgoingRequest, Reach, SharedToken,
-    StorageReport, TokenSeen, VmReport,
+    CertificateRequests, Handoff, HostReport, IncomingOffer, IncomingReport, IncomingRequest,
+    KnockAddress, KnockConnect, KnockListen, Mobility, OutgoingReport, OutgoingRequest, Reach,
+    SharedToken, StorageReport, TokenSeen, VmReport,
 };
 use crate::pool::{Network, Storage};
 use crate::vm::{StopRequest, VmAction, VmDefinition};
@@ -41,6 +42,16 @@ impl AgentClient {
     /// What the host says of itself.
     pub async fn host(&self) -> Result<HostReport, ApiError> {
         self.0.get("/host").await
+    }
+
+    /// What the host wants certified when its certificates are renewed.
+    pub async fn certificate_requests(&self) -> Result<CertificateRequests, ApiError> {
+        self.0.get("/certificates").await
+    }
+
+    /// Gives the host new certificates for its keys.
+    pub async fn put_certificates(&self, renewed: &HostCertificates) -> Result<(), ApiError> {
+        self.0.put("/certificates", renewed).await
     }
 
     /// Makes a network's bridge.

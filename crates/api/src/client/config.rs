@@ -10,14 +10,12 @@
 //! Written by `whimbrel pool init`, read by the command line.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use whimbrel_pki::certificate::{Certificate, CertificateError};
+use whimbrel_pki::files::{FilesError, SmallFile};
 use whimbrel_pki::key::{KeyError, PrivateKey};
 use whimbrel_pki::tls::{self, Credentials, TlsConfigError};
 
@@ -30,8 +28,6 @@ const FILE_MAX_BYTES: u64 = 64 << 10;
 const PEM_START: &str = "-----BEGIN";
 /// What a socket's path comes after.
 const UNIX_PREFIX: &str = "unix:";
-/// The permission bits that nobody but the owner of a private key may have.
-const OTHERS: u32 = 0o077;
 
 /// How a client reaches a pool.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,29 +52,9 @@ impl fmt::Debug for ClientConfig {
 /// Why a client's configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientConfigError {
-    /// A file could not be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A file is longer than 64 KiB.
-    #[error("{} is longer than {FILE_MAX_BYTES} bytes", path.display())]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Others may read the private key.
-    #[error("{} holds a private key, but its mode {mode:03o} lets others at it; use chmod 600", path.display())]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
+    /// A file cannot be read, or others may touch the private key in it.
+    #[error("the client's configuration cannot be read")]
+    File(#[from] FilesError),
     /// The file is not of the right form; the cause names the field.
     #[error("{} is not a client's configuration", path.display())]
     Form {
@@ -111,27 +87,32 @@ pub enum ClientConfigError {
 impl ClientConfig {
     /// Reads a file; afterwards every PEM is inline.
     pub fn load(path: &Path) -> Result<Self, ClientConfigError> {
-        let (text, mode) = read(path)?;
+        let file = SmallFile::read(path, FILE_MAX_BYTES)?;
         let form = |source| ClientConfigError::Form { path: path.into(), source: Box::new(source) };
-        let mut config: Self = toml::from_str(&text).map_err(form)?;
-        if is_pem(&config.key) && mode & OTHERS != 0 {
-            return Err(ClientConfigError::Exposed { path: path.into(), mode });
-        }
+        let mut config: Self = toml::from_str(file.text()).map_err(form)?;
         let folder = path.parent().unwrap_or(Path::new("."));
         for field in [&mut config.ca, &mut config.certificate] {
             if !is_pem(field) {
-                (*field, _) = read(&folder.join(&*field))?;
+                *field = SmallFile::read(&folder.join(&*field), FILE_MAX_BYTES)?.text().to_owned();
             }
         }
-        if !is_pem(&config.key) {
-            let path = folder.join(&config.key);
-            let (key, mode) = read(&path)?;
-            if mode & OTHERS != 0 {
-                return Err(ClientConfigError::Exposed { path, mode });
-            }
-            config.key = key;
+        if is_pem(&config.key) {
+            file.private()?;
+        } else {
+            let key = SmallFile::read(&folder.join(&config.key), FILE_MAX_BYTES)?;
+            config.key = key.private()?.to_owned();
         }
         Ok(config)
+    }
+
+    /// Our certificate.
+    pub fn certificate(&self) -> Result<Certificate, ClientConfigError> {
+        certificate("certificate", &self.certificate)
+    }
+
+    /// Our key.
+    pub fn key(&self) -> Result<PrivateKey, ClientConfigError> {
+        PrivateKey::from_pem(&self.key).map_err(ClientConfigError::Key)
     }
 
     fn target(&self) -> Target {
@@ -142,16 +123,17 @@ impl ClientConfig {
     }
 
     fn credentials(&self) -> Result<Credentials, ClientConfigError> {
-        let certificate = |field, pem: &str| {
-            let read = Certificate::from_pem(pem);
-            read.map_err(|source| ClientConfigError::Certificate { field, source })
-        };
         Ok(Credentials {
             ca: certificate("ca", &self.ca)?,
-            certificate: certificate("certificate", &self.certificate)?,
-            key: PrivateKey::from_pem(&self.key).map_err(ClientConfigError::Key)?,
+            certificate: self.certificate()?,
+            key: self.key()?,
         })
     }
+}
+
+fn certificate(field: &'static str, pem: &str) -> Result<Certificate, ClientConfigError> {
+    let read = Certificate::from_pem(pem);
+    read.map_err(|source| ClientConfigError::Certificate { field, source })
 }
 
 impl PoolClient {
@@ -164,17 +146,4 @@ impl PoolClient {
 
 fn is_pem(text: &str) -> bool {
     text.trim_start().starts_with(PEM_START)
-}
-
-/// The text of a file and its permission bits.
-fn read(path: &Path) -> Result<(String, u32), ClientConfigError> {
-    let failed = |source| ClientConfigError::Read { path: path.into(), source };
-    let file = File::open(path).map_err(failed)?;
-    let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o777;
-    let mut text = String::new();
-    file.take(FILE_MAX_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
-    if text.len() as u64 > FILE_MAX_BYTES {
-        return Err(ClientConfigError::TooLong { path: path.into() });
-    }
-    Ok((text, mode))
 }

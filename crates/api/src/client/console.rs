@@ -1,15 +1,20 @@
 //! A VM's serial console over a WebSocket: bytes both ways.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use futures::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
-use whimbrel_pki::dial::{self, Endpoint};
+use whimbrel_pki::dial::{self, DialError, Endpoint};
 
 use super::{Caller, Target};
 use crate::{ApiError, ErrorCode};
+
+/// How long a server that accepts the connection may take to open the console, in seconds.
+const OPEN_SECONDS: u64 = 10;
 
 trait Stream: AsyncRead + AsyncWrite + Send {}
 impl<S: AsyncRead + AsyncWrite + Send> Stream for S {}
@@ -29,7 +34,8 @@ impl Console {
     pub(super) async fn open(caller: &Caller, path: &str) -> Result<Self, ApiError> {
         let stream = connect(caller).await?;
         let url = format!("wss{}{path}", caller.base.strip_prefix("https").unwrap_or(&caller.base));
-        match client_async(url, stream).await {
+        let opened = timeout(Duration::from_secs(OPEN_SECONDS), client_async(url, stream)).await;
+        match opened.map_err(|_| caller.silent())? {
             Ok((socket, _)) => Ok(Self { socket }),
             Err(WsError::Http(response)) => {
                 let body = response.body().as_deref().unwrap_or_default();
@@ -81,6 +87,7 @@ async fn connect(caller: &Caller) -> Result<Pin<Box<dyn Stream>>, ApiError> {
         }
     }
     Err(match failed {
+        Some(DialError::Tls { trouble, .. }) => caller.insecure(trouble),
         Some(error) => caller.unreachable(&error),
         None => ApiError::new(
             ErrorCode::Unreachable,

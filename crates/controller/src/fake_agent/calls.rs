@@ -1,5 +1,7 @@
 //! The calls of a fake host that are about itself and its VMs.
 
+use std::time::SystemTime;
+
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Request, State as Extract};
 use axum::middleware::{self, Next};
@@ -7,15 +9,18 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use whimbrel_api::agent::{
-    HostReport, KnockAddress, KnockConnect, KnockListen, Mobility, Reach, SharedToken,
-    StorageReport, TokenSeen, VmReport,
+    CertificateRequests, HostReport, KnockAddress, KnockConnect, KnockListen, Mobility, Reach,
+    SharedToken, StorageReport, TokenSeen, VmReport,
 };
 use whimbrel_api::pool::{Network, Storage};
 use whimbrel_api::server::{Body, Segment, no_such_path};
 use whimbrel_api::vm::{StopRequest, VmDefinition, VmState};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, Name, VmId};
+use whimbrel_pki::authority::HostCertificates;
 use whimbrel_pki::door::PeerExtension;
+use whimbrel_pki::files::HostIdentity;
 use whimbrel_pki::identity::Peer;
+use whimbrel_pki::tls;
 
 use super::{FakeWorld, State, moves, vm_report};
 
@@ -39,6 +44,7 @@ pub(super) fn router(world: FakeWorld, name: Name) -> Router {
     let host = Host { world, name };
     let calls = Router::new()
         .route("/host", get(report))
+        .route("/certificates", get(certificate_requests).put(put_certificates))
         .route("/networks/{name}", put(put_network).delete(delete_network))
         .route("/storages/{name}", put(put_storage).delete(delete_storage))
         .route("/storages/{name}/token", post(write_token))
@@ -71,11 +77,18 @@ async fn gate(
     }
     // The router of `/v1` has taken its part off the path.
     let call = format!("{} /v1{}", request.method(), request.uri().path());
-    let refusal = host.with(|state| {
+    let (is_swallowed, refusal) = host.with(|state| {
+        let swallowed = state.swallowed.iter().position(|prefix| call.starts_with(prefix));
+        if let Some(index) = swallowed {
+            state.swallowed.remove(index);
+        }
         let planned = state.refusals.iter().position(|(prefix, _)| call.starts_with(prefix));
         state.calls.push(call);
-        planned.map(|index| state.refusals.remove(index).1)
+        (swallowed.is_some(), planned.map(|index| state.refusals.remove(index).1))
     });
+    if is_swallowed {
+        return std::future::pending().await;
+    }
     match refusal {
         Some(error) => Err(error),
         None => Ok(next.run(request).await),
@@ -85,6 +98,9 @@ async fn gate(
 async fn report(Extract(host): Extract<Host>) -> Json<HostReport> {
     Json(host.with(|state| {
         let mut report = state.report.clone();
+        let now = SystemTime::now();
+        report.certificate_days_left = state.identity.server().certificate.days_left(now);
+        report.certificate_renewal_due = state.identity.is_renewal_due(now);
         report.networks = state.networks.keys().cloned().collect();
         report.storages = state.storages.keys().map(storage_report).collect();
         report.vms = u32::try_from(state.vms.len()).unwrap_or(u32::MAX);
@@ -99,6 +115,32 @@ fn storage_report(name: &Name) -> StorageReport {
         total_bytes: 1 << 40,
         available_bytes: 1 << 39,
     }
+}
+
+async fn certificate_requests(
+    Extract(host): Extract<Host>,
+) -> Result<Json<CertificateRequests>, ApiError> {
+    let keys = host.with(|state| state.identity.keys().clone());
+    let failed = |error| ApiError::internal("cannot make a signing request", &error);
+    Ok(Json(CertificateRequests {
+        agent_csr: keys.agent_request_pem().map_err(failed)?,
+        qemu_csr: keys.qemu_request_pem().map_err(failed)?,
+    }))
+}
+
+/// A fake host keeps nothing on a disk: new certificates are put together with its keys, and shown from then on.
+async fn put_certificates(
+    Extract(host): Extract<Host>,
+    Body(renewed): Body<HostCertificates>,
+) -> Result<(), ApiError> {
+    host.with(|state| {
+        let keys = state.identity.keys().clone();
+        state.identity = HostIdentity::assemble(keys, &renewed, host.name.as_str())
+            .map_err(|error| ApiError::internal("these are not mine", &error))?;
+        let tls = tls::server_config(&state.identity.server());
+        state.door.send_replace(tls.map_err(|error| ApiError::internal("no TLS", &error))?);
+        Ok(())
+    })
 }
 
 async fn put_network(

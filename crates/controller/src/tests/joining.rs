@@ -84,5 +84,5 @@ async fn only_operators_of_this_pool_are_heard() {
     let disguised = Credentials { ca: authority.certificate().clone(), ..foreign };
     let error = client(&rig, &disguised).hosts().await.unwrap_err();
     assert_eq!(error.code, ErrorCode::Unreachable);
-    assert!(error.message.contains("not trusted"), "{error}");
+    assert!(error.message.contains("was not issued by this pool"), "{error}");
 }

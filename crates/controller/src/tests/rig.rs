@@ -125,19 +125,20 @@ impl Rig {
 
     /// A fake host that has joined and was not asked anything yet: the caller may change it before its next await.
     pub(super) async fn joined(&self, host: &str, machines: &[&str]) -> FakeAgent {
+        self.joined_with(host, machines, HostKeys::generate().unwrap()).await
+    }
+
+    /// The same with these keys.
+    pub(super) async fn joined_with(
+        &self,
+        host: &str,
+        machines: &[&str],
+        keys: HostKeys,
+    ) -> FakeAgent {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let keys = HostKeys::generate().unwrap();
         let answer = self.join(&self.token().await, &keys, host, &address).await.unwrap();
-        let certificates = HostCertificates {
-            ca: answer.ca,
-            agent_server: answer.agent_server,
-            agent_client: answer.agent_client,
-            qemu_server: answer.qemu_server,
-            qemu_client: answer.qemu_client,
-        };
-        let identity = HostIdentity::assemble(keys, &certificates, host).unwrap();
-        self.world.start_as(identity, listener, machines)
+        self.world.start_as(identity(keys, answer, host), listener, machines)
     }
 
     pub(super) async fn until_ready(&self, host: &str) {
@@ -206,7 +207,7 @@ async fn start(
     let config = Config::load(&dir.path().join("pool")).unwrap();
     let controller = Controller::open(&config).await.unwrap();
     let limits = Limits { drain: Duration::ZERO, ..Limits::default() };
-    let door = serve::door(&config, &controller).unwrap().with_limits(limits);
+    let door = serve::door(&controller).with_limits(limits);
     controller.start();
     crate::migrate::resume(&controller).await;
     let (stop, stopped) = oneshot::channel::<()>();
@@ -215,6 +216,13 @@ async fn start(
         door.serve(vec![Listener::Tcp(listener)], stopped).await;
     });
     (controller, stop, served)
+}
+
+/// What a host makes of the answer to its joining.
+pub(super) fn identity(keys: HostKeys, answer: JoinAnswer, host: &str) -> HostIdentity {
+    let JoinAnswer { ca, agent_server, agent_client, qemu_server, qemu_client } = answer;
+    let received = HostCertificates { ca, agent_server, agent_client, qemu_server, qemu_client };
+    HostIdentity::assemble(keys, &received, host).unwrap()
 }
 
 pub(super) fn shared() -> Storage {

@@ -236,6 +236,18 @@ fn an_authority_is_the_same_after_loading() {
     assert!(matches!(Authority::load(&home), Err(AuthorityError::Mismatch)));
 }
 
+#[test]
+fn a_certificate_is_due_in_its_last_third() {
+    let pool = Authority::create().unwrap();
+    let now = SystemTime::now();
+    let validity = Validity { not_before: now, not_after: now + DAY * 30 };
+    let made = credentials_within(&pool, Role::AgentServer("host-a"), validity).certificate;
+    let hour = DAY / 24;
+    assert!(!made.is_renewal_due(now) && !made.is_renewal_due(now + DAY * 20 - hour));
+    assert!(made.is_renewal_due(now + DAY * 20 + hour) && made.is_renewal_due(now + DAY * 90));
+    assert!(!made.is_expired(now + DAY * 30 - hour) && made.is_expired(now + DAY * 30 + hour));
+}
+
 proptest! {
     #[test]
     fn a_peer_survives_its_name(name in "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?") {

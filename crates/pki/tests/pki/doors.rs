@@ -3,20 +3,21 @@
 use std::error::Error as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use crate::pool::{PATIENCE, Served, credentials, expired};
+use crate::pool::{PATIENCE, Served, credentials, credentials_within, expired};
 use axum::Router;
 use axum::extract::Extension;
 use axum::extract::ws::{Message, WebSocketUpgrade};
 use axum::routing::get;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixListener};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
-use whimbrel_pki::authority::{Authority, Role};
+use whimbrel_pki::authority::{Authority, Role, Validity};
 use whimbrel_pki::dial::{Endpoint, connect};
-use whimbrel_pki::door::{Limits, Listener, PeerExtension};
+use whimbrel_pki::door::{Door, Limits, Listener, PeerExtension};
+use whimbrel_pki::socket::Socket;
 use whimbrel_pki::tls::{self, Credentials};
 use whimbrel_pki::trouble::{TlsTrouble, Whose, explain};
 
@@ -63,6 +64,35 @@ async fn a_request_carries_who_asks() {
         let client = http(&credentials(&pool, role), door.address());
         assert_eq!(ask(&client, door.port).await.unwrap(), who);
     }
+}
+
+#[tokio::test]
+async fn a_door_shows_a_renewed_certificate_and_keeps_open_connections() {
+    let pool = Authority::create().unwrap();
+    let server = |days| {
+        let own = credentials_within(&pool, Role::AgentServer("host-b"), days);
+        (tls::server_config(&own).unwrap(), own.certificate)
+    };
+    let now = SystemTime::now();
+    let (first, old) = server(Validity::days_from(now, 1));
+    let (second, new) = server(Validity::days_from(now, 2));
+    let (renewal, current) = watch::channel(first);
+    let door = Served::start_door(Door::renewable(whoami(), current)).await;
+    let ann = credentials(&pool, Role::Operator("ann"));
+    let config = Arc::new(tls::client_config(&ann).unwrap());
+    let endpoint = Endpoint::Tcp(door.address());
+    let open = async || connect(&endpoint, NAME, config.clone()).await.unwrap();
+    let shown = |stream: &tokio_rustls::client::TlsStream<Socket>| {
+        stream.get_ref().1.peer_certificates().unwrap()[0].clone().into_owned()
+    };
+    let mut early = open().await;
+    assert_eq!(&shown(&early), old.der());
+    renewal.send_replace(second);
+    assert_eq!(&shown(&open().await), new.der());
+    early.write_all(b"GET /whoami HTTP/1.1\r\nhost: b\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    timeout(PATIENCE, early.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.ends_with("operator ann"), "{answer}");
 }
 
 #[tokio::test]

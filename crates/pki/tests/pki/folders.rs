@@ -84,6 +84,49 @@ fn an_answer_for_another_host_or_key_is_not_taken() {
 }
 
 #[test]
+fn certificates_are_renewed_for_the_same_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let home = folder.path();
+    let pool = Authority::create().unwrap();
+    let identity = HostIdentity::issue(&pool, "host-a").unwrap();
+    identity.save(home).unwrap();
+    let lent = identity.clone();
+    let (agent, qemu) = {
+        let keys = identity.keys();
+        (keys.agent_request_pem().unwrap(), keys.qemu_request_pem().unwrap())
+    };
+    let old = identity.server().certificate;
+    let foreign = Authority::create().unwrap().issue_host("host-a", &agent, &qemu).unwrap();
+    let refused = identity.renew(&foreign, home).unwrap_err();
+    assert!(matches!(refused, BundleError::OtherAuthority), "{refused}");
+    let swapped = pool.issue_host("host-a", &qemu, &agent).unwrap();
+    let refused = identity.renew(&swapped, home).unwrap_err();
+    assert!(matches!(refused, BundleError::Mismatch { .. }), "{refused}");
+    let others = pool.issue_host("host-b", &agent, &qemu).unwrap();
+    let refused = identity.renew(&others, home).unwrap_err();
+    assert!(matches!(refused, BundleError::WrongHolder { .. }), "{refused}");
+    assert_eq!(lent.server().certificate, old);
+
+    let received = pool.issue_host("host-a", &agent, &qemu).unwrap();
+    // Killed in the middle: one file is new, the others are old, and all belong to the keys.
+    fs::write(home.join("agent-server.pem"), &received.agent_server).unwrap();
+    HostIdentity::load(home).unwrap();
+    identity.renew(&received, home).unwrap();
+    assert_eq!(lent.server().certificate.to_pem(), received.agent_server, "for all clones");
+    let loaded = HostIdentity::load(home).unwrap();
+    for (shown, sent) in [
+        (loaded.server(), received.agent_server),
+        (loaded.client(), received.agent_client),
+        (loaded.qemu_server(), received.qemu_server),
+        (loaded.qemu_client(), received.qemu_client),
+    ] {
+        assert_eq!(shown.certificate.to_pem(), sent);
+    }
+    assert_eq!(mode(&home.join("agent.key")), 0o600);
+    assert_eq!(listing(home).len(), 7, "nothing is left beside them");
+}
+
+#[test]
 fn a_wrong_folder_is_explained() {
     let folder = tempfile::tempdir().unwrap();
     let home = folder.path();

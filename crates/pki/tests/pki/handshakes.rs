@@ -127,6 +127,8 @@ async fn an_expired_client_is_named_on_both_sides() {
     let seen = told.seen_from(&own.certificate, SystemTime::now());
     assert_eq!(seen, TlsTrouble::Expired { whose: Whose::Ours, days: Some(3) });
     assert_eq!(seen.to_string(), "our certificate expired 3 days ago; renew it");
+    let told = seen.between("host-a", "the controller");
+    assert_eq!(told, "the certificate of host-a expired 3 days ago; renew it");
 }
 
 #[tokio::test]

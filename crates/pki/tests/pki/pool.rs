@@ -71,8 +71,17 @@ impl Served {
         tls: Arc<ServerConfig>,
         limits: Limits,
     ) -> Self {
+        Self::door(listeners, port, Door::new(router, tls).with_limits(limits))
+    }
+
+    pub(crate) async fn start_door(door: Door) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        Self::door(vec![Listener::Tcp(listener)], port, door)
+    }
+
+    fn door(listeners: Vec<Listener>, port: u16, door: Door) -> Self {
         let (stop, stopped) = oneshot::channel::<()>();
-        let door = Door::new(router, tls).with_limits(limits);
         let task = tokio::spawn(door.serve(listeners, async {
             let _ = stopped.await;
         }));
