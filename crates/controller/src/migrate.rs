@@ -35,11 +35,12 @@ use whimbrel_api::agent::{
 };
 use whimbrel_api::migration::{Migration, MigrationState, Stay, Strategy};
 use whimbrel_api::policy::Policy;
-use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
+use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name, Phase};
 use whimbrel_migration::strategy::NORMAL_DOWNTIME_MS;
 
 use crate::Controller;
 use crate::controller::MovedPlacement;
+use crate::store::is_active;
 
 pub use admission::admit;
 pub(crate) use page::Running;
@@ -53,7 +54,7 @@ const PREPARE_AGAIN_MAX: u32 = 3;
 /// message.
 const RELAY_AFTER_MS: u64 = 1_000;
 
-/// How long the source may be silent, in seconds, before the migration is told to be unresolved. It is asked on.
+/// How long a host whose word is needed may be silent, in seconds, before the migration is told to be unresolved. It is asked on.
 const SILENT_SECONDS: u64 = 30;
 
 /// How the copying ended, as the two agents have settled it.
@@ -79,14 +80,19 @@ pub async fn resume(controller: &Arc<Controller>) {
 /// Asks for the end of a migration that has not been handed over; `handed-over` afterwards.
 pub async fn cancel(controller: &Arc<Controller>, id: MigrationId) -> Result<Migration, ApiError> {
     let record = controller.migration(id).await?;
-    match &record.state {
+    let heard = match &record.state {
         MigrationState::Running | MigrationState::Unresolved { .. } => {
             controller.running().cancel(id).await?
         }
-        MigrationState::Stayed { .. } | MigrationState::Refused => {}
+        MigrationState::Stayed { .. } | MigrationState::Refused => true,
         MigrationState::Moved => return Err(handed_over(&record)),
+    };
+    let record = controller.migration(id).await?;
+    if !heard && is_active(&record.state) {
+        return Err(ApiError::new(ErrorCode::Busy, "nobody leads this migration at the moment")
+            .hint("is one of its hosts no longer in the pool? See `whimbrel host list` and the controller's log"));
     }
-    controller.migration(id).await
+    Ok(record)
 }
 
 fn handed_over(record: &Migration) -> ApiError {
@@ -130,7 +136,7 @@ async fn whereabouts(page: &mut Page) -> Whereabouts {
     }
     let mut silence = Silence::begin();
     loop {
-        let asked = page.source.outgoing(page.record.id).await;
+        let asked = page.source().outgoing(page.record.id).await;
         let settled = match asked {
             Ok(report) => {
                 let settled = watch(page, report).await;
@@ -139,15 +145,19 @@ async fn whereabouts(page: &mut Page) -> Whereabouts {
             }
             // A source that has forgotten the migration was never asked, or has seen its end; the destination knows which.
             Err(error) if error.code == ErrorCode::NotFound => {
-                match page.destination.incoming(page.record.id).await {
+                match page.destination().incoming(page.record.id).await {
                     Ok(IncomingReport::Owned { .. }) => Some(Settled::Moved),
-                    Ok(IncomingReport::Refused { .. }) => {
-                        Some(Settled::Stayed(failed(page.record.phase, &error)))
+                    Ok(IncomingReport::Refused { why }) => {
+                        Some(Settled::Stayed(Stay::DestinationRefused { message: why }))
                     }
                     Ok(IncomingReport::Waiting | IncomingReport::None) => {
                         return Whereabouts::NotAsked;
                     }
-                    Err(_) => None,
+                    Err(_) => {
+                        let ask = page.record.destination.clone();
+                        silence.goes_on(page, ask).await;
+                        None
+                    }
                 }
             }
             Err(error) => without_source(page, &error, &silence).await,
@@ -159,7 +169,7 @@ async fn whereabouts(page: &mut Page) -> Whereabouts {
     }
 }
 
-/// How long a source has not answered.
+/// How long a host has not answered whose word is needed.
 struct Silence(Instant);
 
 impl Silence {
@@ -167,10 +177,10 @@ impl Silence {
         Self(Instant::now())
     }
 
-    /// Tells after [`SILENT_SECONDS`] that nobody knows how the migration stands.
-    async fn goes_on(&self, page: &mut Page) {
+    /// Tells after [`SILENT_SECONDS`] that nobody knows how the migration stands, and whom to `ask`.
+    async fn goes_on(&self, page: &mut Page, ask: Name) {
         if self.0.elapsed() >= Duration::from_secs(SILENT_SECONDS) {
-            page.unresolved(page.record.source.clone()).await;
+            page.unresolved(ask).await;
         }
     }
 }
@@ -211,7 +221,7 @@ async fn prepare(page: &mut Page) -> Result<IncomingOffer, Stay> {
         receive: Receive::default(),
         grant: page.grant()?,
     };
-    let (agent, id) = (page.destination.clone(), page.record.id);
+    let (agent, id) = (page.destination(), page.record.id);
     let mut tries_left = PREPARE_AGAIN_MAX;
     loop {
         let asked = agent.put_incoming(id, &request);
@@ -232,7 +242,7 @@ async fn prepare(page: &mut Page) -> Result<IncomingOffer, Stay> {
 async fn follow(page: &mut Page, order: OutgoingRequest) -> Settled {
     let mut silence = Silence::begin();
     loop {
-        match page.source.put_outgoing(page.record.id, &order).await {
+        match page.source().put_outgoing(page.record.id, &order).await {
             Ok(report) => {
                 if let Some(settled) = watch(page, report).await {
                     return settled;
@@ -258,7 +268,8 @@ async fn without_source(page: &mut Page, error: &ApiError, silence: &Silence) ->
     tracing::warn!(migration = %page.record.id, %error, "the source does not answer; asking on");
     let settled = settled_by_destination(page, error).await;
     if settled.is_none() {
-        silence.goes_on(page).await;
+        let ask = page.record.source.clone();
+        silence.goes_on(page, ask).await;
     }
     settled
 }
@@ -266,7 +277,7 @@ async fn without_source(page: &mut Page, error: &ApiError, silence: &Silence) ->
 /// Takes note of everything that the source says until it has ended; `None` if it fell silent before.
 async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
     let mut report = first;
-    let mut events = page.source.watch_outgoing(page.record.id).await.ok();
+    let mut events = page.source().watch_outgoing(page.record.id).await.ok();
     loop {
         page.note(&report).await;
         match &report.end {
@@ -291,9 +302,12 @@ async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
 /// How it ended by the destination's word, which counts whatever the source would say: an epoch that it owns, or that it
 /// will never own, is settled. `silence` is why the source cannot be asked.
 async fn settled_by_destination(page: &Page, silence: &ApiError) -> Option<Settled> {
-    match page.destination.incoming(page.record.id).await.ok()? {
+    match page.destination().incoming(page.record.id).await.ok()? {
         IncomingReport::Owned { .. } => Some(Settled::Moved),
-        IncomingReport::Refused { .. } => Some(Settled::Stayed(failed(page.record.phase, silence))),
+        IncomingReport::Refused { why } => {
+            let message = format!("{why}; the source has not been heard of since: {silence}");
+            Some(Settled::Stayed(Stay::DestinationRefused { message }))
+        }
         IncomingReport::Waiting | IncomingReport::None => None,
     }
 }

@@ -4,9 +4,11 @@
 //! holds a VM, everything that would change the VM is refused here already, and by the agent in any case.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use whimbrel_api::agent::VmReport;
 use whimbrel_api::event::Event;
+use whimbrel_api::pool::Contact;
 use whimbrel_api::vm::{CreateVm, StopRequest, Vm, VmAction, VmDefinition};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, Name};
 
@@ -16,6 +18,9 @@ use crate::hosts::Member;
 use crate::networks::at_host;
 use crate::placement::{self, Candidate};
 use crate::store::{BeginError, Deleted, Inserted, VmRow};
+
+/// How often it is looked whether a host that is asked for something long is still heard, in milliseconds.
+const SILENCE_LOOK_MS: u64 = 500;
 
 /// Creates a VM, stopped. The same request again is answered with the VM, and finishes what an earlier one left half-done.
 ///
@@ -76,7 +81,12 @@ async fn again(controller: &Controller, row: VmRow, request: &CreateVm) -> Resul
 }
 
 async fn ask_to_create(controller: &Controller, row: VmRow) -> Result<Vm, ApiError> {
-    let answer = controller.agent(&row.host)?.put_vm(&row.definition).await;
+    let member = controller.hosts().get(&row.host)?;
+    let agent = member.agent();
+    let answer = tokio::select! {
+        answer = agent.put_vm(&row.definition) => answer,
+        why = falls_silent(&member) => Err(ApiError::new(ErrorCode::Unreachable, why)),
+    };
     match answer {
         Ok(report) => accepted(controller, row, report).await,
         Err(error) => {
@@ -87,6 +97,16 @@ async fn ask_to_create(controller: &Controller, row: VmRow) -> Result<Vm, ApiErr
             }
             Err(at_host(&row.host, error))
         }
+    }
+}
+
+/// Ends when the host does not answer any more, with why. Importing a disk may take an hour, for as long as its host is heard.
+async fn falls_silent(member: &Member) -> String {
+    loop {
+        if let Contact::Unreachable { why, .. } = member.view().contact {
+            return why;
+        }
+        tokio::time::sleep(Duration::from_millis(SILENCE_LOOK_MS)).await;
     }
 }
 

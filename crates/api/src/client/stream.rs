@@ -16,6 +16,10 @@ use crate::{ApiError, BODY_LIMIT_BYTES, ErrorCode};
 /// How long a server may be silent, in seconds: it sends a sign of life every 5 seconds.
 const SILENCE_SECONDS: u64 = 15;
 
+/// How long a server may take to begin, in seconds, a connection included: without this bound, a host that is cut off while a
+/// connection to it is kept would be waited for as long as TCP tries.
+const OPEN_SECONDS: u64 = 10;
+
 /// A stream of values; [`EventStream::next`] gives one after the other.
 #[derive(Debug)]
 pub struct EventStream<T> {
@@ -30,7 +34,9 @@ impl<T: DeserializeOwned> EventStream<T> {
         // A watch lasts as long as the migration: the answer's deadline does not apply, the server's keep-alive does.
         let request = caller.http.request(Method::GET, format!("{}{path}", caller.base));
         let request = request.timeout(Duration::from_secs(u64::from(u32::MAX)));
-        let response = request.send().await.map_err(|error| caller.unreachable(&error))?;
+        let response = timeout(Duration::from_secs(OPEN_SECONDS), request.send()).await;
+        let response = response.map_err(|_| caller.silent())?;
+        let response = response.map_err(|error| caller.unreachable(&error))?;
         let status = response.status();
         if !status.is_success() {
             let bytes = caller.bounded_body(response).await?;

@@ -18,11 +18,14 @@ use whimbrel_migration::preflight::ENGINE_OVERHEAD_BYTES;
 use whimbrel_pki::grant::SignedGrant;
 
 use crate::Controller;
+use crate::hosts::Member;
 
 /// Cancels of one migration that may wait.
 const CANCELS_MAX: usize = 128;
 /// How long a cancel waits for its answer, in seconds.
 const CANCEL_SECONDS: u64 = 15;
+/// How long until an end that could not be written is written again, in milliseconds.
+const WRITE_AGAIN_MS: u64 = 500;
 
 type Answer = oneshot::Sender<Result<(), ApiError>>;
 
@@ -43,19 +46,19 @@ impl Running {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks a page to end; the answer is the page's.
-    pub(super) async fn cancel(&self, id: MigrationId) -> Result<(), ApiError> {
+    /// Asks a page to end; the answer is the page's. `false`: there is no such page.
+    pub(super) async fn cancel(&self, id: MigrationId) -> Result<bool, ApiError> {
         let Some(cancels) = self.open().get(&id).map(|open| open.cancels.clone()) else {
-            return Ok(());
+            return Ok(false);
         };
         let (answer, answered) = oneshot::channel();
         if cancels.send(answer).await.is_err() {
-            return Ok(());
+            return Ok(true);
         }
         match tokio::time::timeout(Duration::from_secs(CANCEL_SECONDS), answered).await {
-            Ok(Ok(answer)) => answer,
+            Ok(Ok(answer)) => answer.map(|()| true),
             // The page has ended in between: its record says how.
-            Ok(Err(_)) => Ok(()),
+            Ok(Err(_)) => Ok(true),
             Err(_) => Err(ApiError::new(
                 ErrorCode::Busy,
                 format!("the cancel was not answered within {CANCEL_SECONDS} s"),
@@ -88,8 +91,8 @@ pub(super) struct Room {
 pub(super) struct Page {
     pub(super) controller: Arc<Controller>,
     pub(super) record: Migration,
-    pub(super) source: AgentClient,
-    pub(super) destination: AgentClient,
+    source: Arc<Member>,
+    destination: Arc<Member>,
     /// The generation of the definition that travels.
     pub(super) generation: u64,
     room: Option<Room>,
@@ -97,16 +100,14 @@ pub(super) struct Page {
 }
 
 /// Opens the page of a recorded migration and lets it go on by itself.
+///
+/// Without one of its hosts nobody can say how it stands: it is told to be unresolved, and taken up by the next controller.
 pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option<Room>) {
-    let (source, destination) = match (
-        controller.agent(&record.source),
-        controller.agent(&record.destination),
-    ) {
+    let hosts = controller.hosts();
+    let (source, destination) = match (hosts.get(&record.source), hosts.get(&record.destination)) {
         (Ok(source), Ok(destination)) => (source, destination),
-        (Err(error), _) | (_, Err(error)) => {
-            tracing::error!(migration = %record.id, %error, "a host of this migration is not in the pool any more");
-            return;
-        }
+        (Err(error), _) => return orphaned(controller, record.source.clone(), record, &error),
+        (_, Err(error)) => return orphaned(controller, record.destination.clone(), record, &error),
     };
     let (sender, cancels) = mpsc::channel(CANCELS_MAX);
     let open = Open { cancels: sender, destination: record.destination.clone(), reserved_bytes: 0 };
@@ -131,12 +132,39 @@ pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option
     });
 }
 
+/// A host of the migration is not in the pool: that is told, and nothing is guessed.
+fn orphaned(controller: &Arc<Controller>, ask: Name, record: Migration, error: &ApiError) {
+    tracing::error!(migration = %record.id, %error,
+        "a migration cannot be led on; when that host has joined again, restart the controller");
+    let state = MigrationState::Unresolved { ask };
+    if record.state == state {
+        return;
+    }
+    let controller = controller.clone();
+    tokio::spawn(async move {
+        let record = Migration { state, ..record };
+        if let Err(error) = controller.save_migration(&record).await {
+            tracing::error!(migration = %record.id, %error, "the record cannot be written");
+        }
+    });
+}
+
 /// A failure in a phase, for the record.
 pub(super) fn failed(phase: Phase, error: &ApiError) -> Stay {
     Stay::Failed { phase, code: error.code.as_str().to_owned(), message: error.message.clone() }
 }
 
 impl Page {
+    /// The source's agent, as it is to be called now: address and certificates may change while a migration is open.
+    pub(super) fn source(&self) -> AgentClient {
+        self.source.agent()
+    }
+
+    /// The destination's agent, likewise.
+    pub(super) fn destination(&self) -> AgentClient {
+        self.destination.agent()
+    }
+
     /// Records that a phase begins, before anything of it is asked for.
     pub(super) async fn enter(&mut self, phase: Phase) -> Result<(), Stay> {
         self.take_cancels()?;
@@ -150,6 +178,8 @@ impl Page {
         {
             return;
         }
+        // A restarted controller may begin anew: what came later then has not been.
+        self.record.phases.retain(|start| start.phase < phase);
         self.record.phase = phase;
         self.record.phases.push(PhaseStart { phase, at: Timestamp::now() });
     }
@@ -179,11 +209,8 @@ impl Page {
 
     /// The definition that travels, as the source has it.
     pub(super) async fn definition(&mut self) -> Result<VmDefinition, Stay> {
-        let report = self
-            .source
-            .vm(self.record.vm)
-            .await
-            .map_err(|error| failed(Phase::Preparation, &error))?;
+        let report = self.source().vm(self.record.vm).await;
+        let report = report.map_err(|error| failed(Phase::Preparation, &error))?;
         self.generation = report.definition.generation;
         Ok(report.definition)
     }
@@ -239,7 +266,7 @@ impl Page {
 
     /// Passes a cancel on to the source, whose word counts from the moment when it has been asked to send.
     pub(super) async fn cancel_at_source(&mut self, answer: Answer) {
-        let told = self.source.cancel_outgoing(self.record.id).await.map(|_| ());
+        let told = self.source().cancel_outgoing(self.record.id).await.map(|_| ());
         if told.is_ok() {
             self.record.cancel_requested = true;
         }
@@ -266,9 +293,13 @@ impl Page {
             OutgoingEnd::Unresolved { ask } => MigrationState::Unresolved { ask: ask.clone() },
             _ => MigrationState::Running,
         };
-        let new = self.record.phase != report.phase || self.record.state != state;
+        // A restarted source has forgotten how far it was; it never goes back.
+        let further = report.phase > self.record.phase;
+        let new = further || self.record.state != state;
         self.record.state = state;
-        self.mark_phase(report.phase);
+        if further {
+            self.mark_phase(report.phase);
+        }
         if new {
             self.save().await;
         } else {
@@ -298,7 +329,7 @@ impl Page {
         self.save().await;
     }
 
-    /// Writes the end down and tells it.
+    /// Writes the end down and tells it. Not without the record: until it says so, the migration holds the VM.
     pub(super) async fn end(&mut self, state: MigrationState) {
         self.cancels.close();
         while let Ok(answer) = self.cancels.try_recv() {
@@ -311,6 +342,9 @@ impl Page {
         self.record.ended.get_or_insert_with(Timestamp::now);
         self.record.settled = None;
         self.record.state = state;
-        self.save().await;
+        while let Err(error) = self.controller.save_migration(&self.record).await {
+            tracing::error!(migration = %self.record.id, %error, "the end cannot be written; trying again");
+            tokio::time::sleep(Duration::from_millis(WRITE_AGAIN_MS)).await;
+        }
     }
 }

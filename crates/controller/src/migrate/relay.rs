@@ -11,10 +11,10 @@ use super::page::Page;
 pub(super) async fn carry_message(page: &Page, report: &OutgoingReport) {
     let Some(question) = &report.relay else { return };
     let id = page.record.id;
-    match page.destination.handoff(id, question).await {
+    match page.destination().handoff(id, question).await {
         Ok(answer) => {
             tracing::info!(migration = %id, "carried the destination's answer to the source");
-            if let Err(error) = page.source.relay_answer(id, &answer).await {
+            if let Err(error) = page.source().relay_answer(id, &answer).await {
                 tracing::warn!(migration = %id, %error, "the source did not take the answer; carried again later");
             }
         }

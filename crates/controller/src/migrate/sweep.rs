@@ -7,30 +7,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use whimbrel_api::agent::IncomingReport;
-use whimbrel_api::client::AgentClient;
 use whimbrel_api::migration::Migration;
-use whimbrel_api::{ApiError, ErrorCode, MigrationId};
+use whimbrel_api::pool::Contact;
+use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name};
 
 use super::page::Page;
 use crate::Controller;
 
-/// How long the end waits for both sides, in seconds, before it is told with leftovers.
-const BOTH_SIDES_SECONDS: u64 = 3;
+/// How long each side may take to answer, in seconds: then the end is told with leftovers.
+const SIDE_SECONDS: u64 = 3;
 /// How often a side that does not answer is asked again, in seconds.
 const AGAIN_SECONDS: u64 = 5;
 
 /// Lets both sides forget, and goes on in the background with what does not answer in time.
 pub(super) async fn both_sides(page: &mut Page) {
-    let (source, destination) = (page.source.clone(), page.destination.clone());
-    let once = sweep(&page.record, &source, &destination);
-    let left = match tokio::time::timeout(Duration::from_secs(BOTH_SIDES_SECONDS), once).await {
-        Ok(left) => left,
-        Err(_) => vec![format!(
-            "{} or {}: did not answer in time",
-            page.record.source, page.record.destination
-        )],
-    };
-    page.record.leftovers = left;
+    page.record.leftovers = sweep(&page.controller, &page.record).await;
     if !page.record.leftovers.is_empty() {
         tokio::spawn(go_on(page.controller.clone(), page.record.id));
     }
@@ -58,13 +49,13 @@ async fn go_on(controller: Arc<Controller>, id: MigrationId) {
         if crate::store::is_active(&record.state) {
             continue;
         }
-        let (Ok(source), Ok(destination)) =
-            (controller.agent(&record.source), controller.agent(&record.destination))
-        else {
-            return;
-        };
-        record.leftovers = sweep(&record, &source, &destination).await;
-        if record.leftovers.is_empty() && controller.save_migration(&record).await.is_ok() {
+        let left = sweep(&controller, &record).await;
+        let news = left != record.leftovers;
+        record.leftovers = left;
+        if news && controller.save_migration(&record).await.is_err() {
+            continue;
+        }
+        if record.leftovers.is_empty() {
             tracing::info!(migration = %id, "nothing of the migration is left");
             return;
         }
@@ -72,23 +63,49 @@ async fn go_on(controller: Arc<Controller>, id: MigrationId) {
 }
 
 /// What is left after asking both sides once, in words.
-async fn sweep(record: &Migration, source: &AgentClient, destination: &AgentClient) -> Vec<String> {
-    let (retired, dropped) =
-        tokio::join!(source.delete_outgoing(record.id), destination.delete_incoming(record.id));
-    let mut left = Vec::new();
-    if let Err(error) = retired.or_else(nothing_there) {
-        left.push(format!("{}: the outgoing side ({error})", record.source));
-    }
-    match dropped {
-        Ok(IncomingReport::Waiting) => {
-            left.push(format!("{}: the incoming side is still there", record.destination))
+async fn sweep(controller: &Controller, record: &Migration) -> Vec<String> {
+    let id = record.id;
+    let retire = async { controller.agent(&record.source)?.delete_outgoing(id).await };
+    let drop = async { controller.agent(&record.destination)?.delete_incoming(id).await };
+    let (retired, dropped) = tokio::join!(in_time(retire), in_time(drop));
+    let outgoing = match retired {
+        Ok(()) => None,
+        Err(error) if error.code == ErrorCode::NotFound && knows(controller, &record.source) => {
+            None
         }
-        Ok(_) => {}
-        Err(error) => left.push(format!("{}: the incoming side ({error})", record.destination)),
-    }
-    left
+        Err(error) => Some(left(controller, &record.source, "outgoing", &error)),
+    };
+    let incoming = match dropped {
+        Ok(IncomingReport::Waiting) => {
+            Some(format!("{}: the incoming side is still there", record.destination))
+        }
+        Ok(_) => None,
+        Err(error) => Some(left(controller, &record.destination, "incoming", &error)),
+    };
+    outgoing.into_iter().chain(incoming).collect()
 }
 
-fn nothing_there(error: ApiError) -> Result<(), ApiError> {
-    if error.code == ErrorCode::NotFound { Ok(()) } else { Err(error) }
+async fn in_time<T>(asked: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+    let answer = tokio::time::timeout(Duration::from_secs(SIDE_SECONDS), asked).await;
+    answer.unwrap_or_else(|_| {
+        let message = format!("no answer within {SIDE_SECONDS} s");
+        Err(ApiError::new(ErrorCode::Unreachable, message))
+    })
+}
+
+/// Whether a host is in the pool: one that is not is not the same as one that has forgotten the migration.
+fn knows(controller: &Controller, host: &Name) -> bool {
+    controller.hosts().get(host).is_ok()
+}
+
+/// Which side is left where, and for a host that is away since when. The words stay the same as long as nothing changes.
+fn left(controller: &Controller, host: &Name, side: &str, error: &ApiError) -> String {
+    let contact = controller.hosts().get(host).map(|member| member.view().contact);
+    match contact {
+        Ok(Contact::Unreachable { since, .. }) if error.is_unknown() => {
+            format!("{host}: the {side} side; {host} does not answer since {since:.0}")
+        }
+        _ if error.is_unknown() => format!("{host}: the {side} side; {host} does not answer"),
+        _ => format!("{host}: the {side} side ({error})"),
+    }
 }

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use whimbrel_api::migration::{MigrateOptions, MigrateRequest, Migration, MigrationState, Stay};
+use whimbrel_api::migration::{
+    MigrateOptions, MigrateRequest, Migration, MigrationState, PhaseStart, Stay,
+};
 use whimbrel_api::vm::VmAction;
-use whimbrel_api::{Epoch, ErrorCode, MigrationId};
+use whimbrel_api::{Epoch, ErrorCode, MigrationId, Phase};
 
 use super::rig::{Rig, eventually, name};
 use crate::fake_agent::{FakeAgent, Pace};
@@ -152,4 +154,101 @@ async fn what_fails_before_the_handoff_leaves_the_vm_where_it_was() {
     rig.until_state("web01", "running").await;
     let missing = rig.client.migration(MigrationId::new()).await.unwrap_err();
     assert_eq!(missing.code, ErrorCode::NotFound);
+}
+
+#[tokio::test]
+async fn what_is_left_over_names_the_host_that_is_away_and_no_other() {
+    let (rig, a, mut b) = two_hosts().await;
+    rig.world.set_pace(Pace::Fails(Duration::from_millis(500), Stay::GuestPoweredOff));
+    let request = to("host-b");
+    rig.client.migrate(&request).await.unwrap();
+    eventually(|| async { a.called("PUT /v1/outgoing") > 0 }).await;
+    b.stop().await;
+    let record = follow(&rig, request.id).await;
+    assert_eq!(record.state, MigrationState::Stayed { why: Stay::GuestPoweredOff });
+    let [left] = record.leftovers.as_slice() else { panic!("{:?}", record.leftovers) };
+    assert!(left.starts_with("host-b: the incoming side; host-b does not answer"), "{left}");
+    assert!(!left.contains("host-a"), "{left}");
+    let left = async || rig.client.migration(request.id).await.unwrap().leftovers;
+    eventually(|| async { left().await.iter().any(|left| left.contains("since 20")) }).await;
+    b.restart().await;
+    eventually(|| async { left().await.is_empty() }).await;
+    assert!(a.is_swept() && b.is_swept());
+}
+
+#[tokio::test]
+async fn a_migration_that_was_not_asked_for_yet_begins_anew_with_phases_in_order() {
+    let (mut rig, _a, _b) = two_hosts().await;
+    rig.world.set_pace(Pace::Hangs);
+    let request = to("host-b");
+    rig.client.migrate(&request).await.unwrap();
+    rig.client.cancel_migration(request.id).await.unwrap();
+    let cancelled = follow(&rig, request.id).await;
+
+    // As a controller leaves it that is killed between writing "precopy" and asking the source.
+    let mut record = Migration {
+        id: MigrationId::new(),
+        epoch: cancelled.epoch.next(),
+        phase: Phase::Precopy,
+        state: MigrationState::Running,
+        settled: None,
+        cancel_requested: false,
+        progress: None,
+        ended: None,
+        ..cancelled
+    };
+    record.phases.retain(|start| start.phase < Phase::Reservation);
+    let at = record.started;
+    for phase in [Phase::Reservation, Phase::Preparation, Phase::Precopy] {
+        record.phases.push(PhaseStart { phase, at });
+    }
+    rig.stop().await;
+    rig.controller.store().begin_migration(&record).await.unwrap();
+    rig.world.set_pace(Pace::Moves(Duration::from_millis(5)));
+    rig.start().await;
+    let moved = follow(&rig, record.id).await;
+    assert_eq!(moved.state, MigrationState::Moved, "{moved:?}");
+    let phases: Vec<Phase> = moved.phases.iter().map(|start| start.phase).collect();
+    assert!(phases.windows(2).all(|pair| pair[0] < pair[1]), "each once, in order: {phases:?}");
+    let reserved = moved.phases.iter().find(|start| start.phase == Phase::Reservation);
+    assert!(reserved.unwrap().at > at, "it began when it was begun anew");
+}
+
+#[tokio::test]
+async fn a_migration_without_one_of_its_hosts_is_told_and_not_led() {
+    let (mut rig, _a, _b) = two_hosts().await;
+    rig.world.set_pace(Pace::Moves(Duration::from_millis(5)));
+    let request = to("host-b");
+    rig.client.migrate(&request).await.unwrap();
+    let moved = follow(&rig, request.id).await;
+    // As in a database that is older than the host.
+    let orphan = Migration {
+        id: MigrationId::new(),
+        source: name("host-b"),
+        destination: name("host-z"),
+        phase: Phase::Precopy,
+        state: MigrationState::Running,
+        ..moved
+    };
+    rig.stop().await;
+    rig.controller.store().begin_migration(&orphan).await.unwrap();
+    rig.start().await;
+    let found = async || rig.client.migration(orphan.id).await.unwrap().state;
+    let unresolved = MigrationState::Unresolved { ask: name("host-z") };
+    eventually(|| async { found().await == unresolved }).await;
+    let error = rig.client.cancel_migration(orphan.id).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Busy, "nobody is there to hear it");
+    let error = rig.client.vm_action("web01", VmAction::Pause).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Migrating, "and the VM is left alone");
+}
+
+#[tokio::test]
+async fn a_source_that_is_cut_off_while_it_is_watched_is_asked_again() {
+    let (rig, a, b) = two_hosts().await;
+    rig.world.set_pace(Pace::Moves(Duration::from_millis(50)));
+    a.swallow_next("GET /v1/outgoing");
+    let request = to("host-b");
+    rig.client.migrate(&request).await.unwrap();
+    assert_eq!(follow(&rig, request.id).await.state, MigrationState::Moved);
+    eventually(|| async { a.is_swept() && b.is_swept() }).await;
 }

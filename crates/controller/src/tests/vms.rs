@@ -3,7 +3,7 @@
 use whimbrel_api::vm::{StopRequest, VmAction, VmState};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, VmId};
 
-use super::rig::{MACHINES, Rig, name, request, spec};
+use super::rig::{MACHINES, Rig, eventually, name, request, spec};
 use crate::fake_agent::vm_report;
 
 #[tokio::test]
@@ -200,4 +200,30 @@ async fn vms_are_found_by_name_or_id_and_nothing_else() {
         assert!(!error.message.contains('\u{1b}'));
     }
     assert_eq!(spec("web01").name, name("web01"));
+}
+
+#[tokio::test]
+async fn a_host_that_falls_silent_in_the_middle_is_not_waited_for() {
+    let rig = Rig::new().await;
+    let a = rig.host("host-a").await;
+    rig.furnish().await;
+    // As a machine that hangs: connections stand, and nothing comes any more.
+    a.swallow_next("PUT /v1/vms");
+    let request = request("web01", Some("host-a"));
+    let creating = rig.client.create_vm(&request);
+    let silence = async {
+        eventually(|| async { a.called("PUT /v1/vms") > 0 }).await;
+        for _ in 0..8 {
+            a.swallow_next("GET /v1/host");
+        }
+    };
+    let both = async { tokio::join!(creating, silence).0 };
+    let limit = std::time::Duration::from_secs(20);
+    let error = tokio::time::timeout(limit, both).await.expect("an answer in time").unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unreachable);
+    assert_eq!(
+        rig.client.vm("web01").await.unwrap().state.word(),
+        "unknown",
+        "and it is not forgotten"
+    );
 }
