@@ -1,5 +1,6 @@
 //! The agent API's calls.
 
+mod measuring;
 mod moving;
 
 use std::sync::Arc;
