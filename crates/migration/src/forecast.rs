@@ -19,7 +19,6 @@ mod stream;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use self::dirtying::DirtyCurve;
 use self::facts::{EngineCosts, Measurements, PAGE_BYTES};
 use self::passes::{Copied, Course};
 pub use self::stream::Bottleneck;
@@ -105,7 +104,7 @@ pub struct PostcopyForecast {
 pub fn forecast(facts: &Measurements, costs: &EngineCosts, strategy: &Strategy) -> Forecast {
     let stream = Stream::of(facts, costs, strategy);
     let memory_bytes = facts.memory_bytes as f64;
-    let curve = DirtyCurve::fit(&facts.dirty, memory_bytes);
+    let curve = facts.dirty_curve();
     let course = Course {
         memory_bytes,
         stream,

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::dirtying::DirtyCurve;
 use crate::options::CompressionMethod;
 
 /// Size of a guest page, in bytes, as QEMU sends and tracks them on x86.
@@ -26,6 +27,18 @@ pub struct Measurements {
     /// Both hosts are on the same processors, as in a lab: then the source's figure is that of both.
     #[serde(default)]
     pub hosts_share_cpu: bool,
+}
+
+impl Measurements {
+    /// How much of its memory the guest has written after some time. What is zero it is not reckoned to
+    /// write: nobody has written there so far.
+    #[must_use]
+    pub fn dirty_curve(&self) -> DirtyCurve {
+        let memory_bytes = self.memory_bytes as f64;
+        let seen = self.dirty.windows.iter().map(|window| window.dirtied_bytes).max().unwrap_or(0);
+        let most_bytes = (memory_bytes * (1.0 - self.census.zero_share())).max(seen as f64);
+        DirtyCurve::fit(&self.dirty, most_bytes.min(memory_bytes))
+    }
 }
 
 /// What is in a guest's memory, from a sample of its pages, read from outside the guest.

@@ -94,6 +94,17 @@ fn zero_pages_cost_nine_bytes() {
 }
 
 #[test]
+fn what_is_zero_is_not_reckoned_to_be_written() {
+    let mut facts = writing(200.0, 100_000.0);
+    facts.census.zero_pages = 750;
+    let set = facts.dirty_curve().set_bytes();
+    close("set", set, facts.dirty.windows[3].dirtied_bytes.min(GIB) as f64, 0.1);
+    facts.dirty.windows.truncate(0);
+    facts.dirty.windows.push(DirtyWindow { window_ms: 100, dirtied_bytes: 20_000_000 });
+    close("set", facts.dirty_curve().set_bytes(), GIB as f64 / 4.0, 0.1);
+}
+
+#[test]
 fn half_the_link_is_a_series_that_doubles_the_time() {
     // 1 + 1/2 + 1/4 + ... = 2 first passes.
     let forecast = forecast(&writing(50.0, 100_000.0), &free(), &plain());

@@ -460,7 +460,7 @@ impl<'a> Climb<'a> {
 
     fn measured(&self) -> String {
         let facts = self.situation.facts;
-        let curve = DirtyCurve::fit(&facts.dirty, facts.memory_bytes as f64);
+        let curve = facts.dirty_curve();
         format!(
             "{} of memory, {:.0} % zero, {}; {}; {:.1} and {:.1} cores to spare",
             size(facts.memory_bytes as f64),

@@ -138,6 +138,12 @@ fn compression_is_taken_where_the_network_holds_it_back_and_it_pays() {
     assert!(plan.strategy.channels.is_some());
     // Too dear for these processors: 8 threads at 100 ns a byte are 80 MB/s.
     assert_eq!(World::new(0, 0).compressible(100.0).rung(), Rung::Plain);
+    // Or hardly worth it.
+    let mut random = World::new(0, 0).compressible(1.0);
+    random.facts.census.compression[0].ratio = 0.95;
+    let plan = random.plan();
+    assert_eq!(plan.strategy.rung, Rung::Plain);
+    assert!(rejected(&plan, "zstd").contains("gains too little"));
     let mut older = World::new(0, 0).compressible(3.0);
     older.source.compressions.remove("zstd");
     assert_eq!(older.rung(), Rung::Plain);
