@@ -41,7 +41,8 @@ pub(crate) struct Agent {
     /// A TOML file with all settings
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Join the pool that made this token, if that is not done yet; `-` reads it from standard input
+    /// Join the pool that made this token, if that is not done yet or the certificates have expired; `-` reads it from
+    /// standard input
     #[arg(long, value_name = "TOKEN")]
     join: Option<String>,
     #[command(flatten)]

@@ -82,7 +82,7 @@ async fn take_note(controller: &Controller, member: &Member, changed: &Changed) 
 
 async fn note_silence(controller: &Controller, member: &Member, error: &ApiError) {
     let why = match &error.hint {
-        Some(hint) => format!("{}. {hint}", error.message),
+        Some(hint) => format!("{}: {hint}", error.message),
         None => error.message.clone(),
     };
     if member.note_silence(Timestamp::now(), &why) {
