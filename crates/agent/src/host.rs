@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use whimbrel_api::agent::{CertificateRequests, EngineReport, HostReport, StorageReport};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::pool::Network;
+use whimbrel_api::vm::VmDefinition;
 use whimbrel_api::{ApiError, ErrorCode, Name};
 use whimbrel_pki::authority::HostCertificates;
 use whimbrel_pki::files::HostIdentity;
@@ -124,9 +125,17 @@ impl Host {
     /// Makes a network's bridge and remembers the network.
     ///
     /// # Errors
-    /// [`ApiError`]; a bridge that was made nonetheless is in the journal.
+    /// `in-use` with the VMs that are in its present bridge, where that is another; or what failed: a bridge that was
+    /// made nonetheless is in the journal.
     pub async fn put_network(&self, network: &Network) -> Result<(), ApiError> {
         Networks::check(network)?;
+        let known = self.networks.get(&network.name);
+        if known.is_some_and(|known| known.bridge != network.bridge) {
+            // A tap stays in the bridge that it was put into: two VMs of one network would not see each other.
+            let users = self.users_of_network(&network.name).await?;
+            refuse_if_used("network", &network.name, &users)
+                .map_err(|error| error.hint("its bridge can be changed when no VM here uses it"))?;
+        }
         if !self.networks.bridge_exists(&network.bridge).await? {
             let bridge = Resource::Bridge { name: network.bridge.clone() };
             self.ledger.journal(&network_owner(&network.name), &[bridge]).await?;
@@ -144,8 +153,7 @@ impl Host {
         if self.networks.get(name).is_none() {
             return Err(ApiError::not_found("network", name));
         }
-        let users = self.vms.names_where(|vm| vm.nics.iter().any(|nic| nic.network == *name));
-        refuse_if_used("network", name, &users)?;
+        refuse_if_used("network", name, &self.users_of_network(name).await?)?;
         self.networks.forget(name);
         let owner = network_owner(name);
         for (found, resource) in self.ledger.journaled().await? {
@@ -156,6 +164,17 @@ impl Host {
         self.ledger.unjournal(&owner).await?;
         self.ledger.remove_network(name).await?;
         Ok(())
+    }
+
+    /// The VMs on this host that have a card in a network: those that live here, and those that just arrive or leave.
+    async fn users_of_network(&self, name: &Name) -> Result<Vec<Name>, ApiError> {
+        let uses = |vm: &VmDefinition| vm.nics.iter().any(|nic| nic.network == *name);
+        let runs = self.ledger.runs().await?.into_iter().map(|run| run.definition);
+        let mut users = self.vms.names_where(uses);
+        users.extend(runs.filter(uses).map(|vm| vm.name));
+        users.sort();
+        users.dedup();
+        Ok(users)
     }
 
     /// Forgets a storage that no VM uses; its files stay.

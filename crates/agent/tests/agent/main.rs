@@ -6,6 +6,7 @@ mod certificates;
 mod http;
 mod loans;
 mod migrations;
+mod networks;
 mod place;
 mod real;
 mod restarts;
