@@ -235,8 +235,8 @@ impl Host {
     /// How all storages are. Storage may be slow, or hang: the agent's other work goes on meanwhile.
     async fn storage_reports(self: &Arc<Self>) -> Vec<StorageReport> {
         let host = Arc::clone(self);
-        let reports = tokio::task::spawn_blocking(move || host.storages.reports()).await;
-        reports.unwrap_or_default()
+        let reports = self.storages.aside(move |aside| Ok(host.storages.reports(aside)));
+        reports.await.unwrap_or_default()
     }
 
     /// Days until the first of the host's certificates expires; negative afterwards.

@@ -133,7 +133,8 @@ async fn put_storage(
     Storages::check(&storage)?;
     host.ledger.put_storage(&storage).await?;
     host.storages.put(storage);
-    blocking(move || host.storages.report(&name)).await
+    let at = Arc::clone(&host);
+    host.storages.aside(move |aside| at.storages.report(aside, &name)).await.map(Json)
 }
 
 async fn delete_storage(State(host): On, Segment(name): Segment<Name>) -> Answer<()> {
@@ -141,7 +142,8 @@ async fn delete_storage(State(host): On, Segment(name): Segment<Name>) -> Answer
 }
 
 async fn write_token(State(host): On, Segment(name): Segment<Name>) -> Answer<SharedToken> {
-    blocking(move || host.storages.write_token(&name)).await
+    let at = Arc::clone(&host);
+    host.storages.aside(move |aside| at.storages.write_token(aside, &name)).await.map(Json)
 }
 
 async fn token_seen(
@@ -149,7 +151,9 @@ async fn token_seen(
     Segment(name): Segment<Name>,
     Body(token): Body<SharedToken>,
 ) -> Answer<TokenSeen> {
-    blocking(move || host.storages.token_seen(&name, &token).map(|seen| TokenSeen { seen })).await
+    let at = Arc::clone(&host);
+    let looked = host.storages.aside(move |aside| at.storages.token_seen(aside, &name, &token));
+    looked.await.map(|seen| Json(TokenSeen { seen }))
 }
 
 async fn vms(State(host): On) -> Json<Vec<VmReport>> {
@@ -271,14 +275,6 @@ async fn to_the_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Answer<T> {
     let done = tokio::spawn(work).await;
-    done.map_err(|error| ApiError::internal("the call broke off", &error))?.map(Json)
-}
-
-/// Carries out what may wait for slow storage, beside the agent's other work.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Answer<T> {
-    let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| ApiError::internal("the call broke off", &error))?.map(Json)
 }
 

@@ -3,6 +3,9 @@
 //! A storage's files are reached through [`beneath::Folder`], which neither leaves the folder nor follows a link. Images
 //! are made, copied and looked at by [`image`]. Whether a storage is shared is the controller's question; here a token
 //! is written or looked for, which answers it.
+//!
+//! Storage may be slow, or hang. Whoever touches it shows that it is [`Aside`], which is given on a thread beside the
+//! agent's async work only ([`Storages::aside`]).
 
 pub mod beneath;
 pub mod image;
@@ -10,8 +13,9 @@ mod token;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::Semaphore;
 use whimbrel_api::agent::{SharedToken, StorageReport};
 use whimbrel_api::pool::Storage;
 use whimbrel_api::vm::{Disk, StoragePath};
@@ -21,6 +25,8 @@ use beneath::{BeneathError, Folder};
 
 /// Longest path of a storage's folder, in bytes.
 const FOLDER_PATH_BYTES_MAX: usize = 1024;
+/// Calls that may be at storages at the same time: one that hangs keeps its calls. More are refused as `busy`.
+const CALLS_MAX: usize = 64;
 
 impl From<BeneathError> for ApiError {
     fn from(error: BeneathError) -> Self {
@@ -34,13 +40,46 @@ impl From<BeneathError> for ApiError {
     }
 }
 
+/// Whoever has this is beside the agent's async work, where waiting for a storage holds nobody else up.
+#[derive(Debug)]
+pub struct Aside(());
+
 /// The storages of this host.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Storages {
     known: Mutex<BTreeMap<Name, Storage>>,
+    calls: Arc<Semaphore>,
+}
+
+impl Default for Storages {
+    fn default() -> Self {
+        Self { known: Mutex::default(), calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+    }
 }
 
 impl Storages {
+    /// Does something at a storage, on a thread of its own. It is waited for however long it takes: a change that comes
+    /// after its answer would be nobody's.
+    ///
+    /// # Errors
+    /// `busy`, with nothing done, where too many calls hang already; otherwise as `work`.
+    pub async fn aside<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Aside) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let Ok(call) = Arc::clone(&self.calls).try_acquire_owned() else {
+            let message = format!("{CALLS_MAX} calls wait for this host's storages already");
+            return Err(ApiError::new(ErrorCode::Busy, message));
+        };
+        let working = tokio::task::spawn_blocking(move || {
+            let _call = call;
+            work(&Aside(()))
+        });
+        working
+            .await
+            .map_err(|error| ApiError::internal("a call to a storage broke off", &error))?
+    }
+
     /// Checks a definition before it is remembered.
     ///
     /// # Errors
@@ -90,7 +129,7 @@ impl Storages {
     ///
     /// # Errors
     /// `not-found`, or `internal` where the folder cannot be opened.
-    pub fn folder(&self, name: &Name) -> Result<Folder, ApiError> {
+    pub fn folder(&self, _: &Aside, name: &Name) -> Result<Folder, ApiError> {
         let storage = self.get(name)?;
         Ok(Folder::open(Path::new(&storage.path))?)
     }
@@ -99,31 +138,34 @@ impl Storages {
     ///
     /// # Errors
     /// `not-found`.
-    pub fn report(&self, name: &Name) -> Result<StorageReport, ApiError> {
-        self.get(name).map(|storage| report(&storage))
+    pub fn report(&self, at: &Aside, name: &Name) -> Result<StorageReport, ApiError> {
+        self.get(name).map(|storage| report(at, &storage))
     }
 
     /// How all storages are.
     #[must_use]
-    pub fn reports(&self) -> Vec<StorageReport> {
+    pub fn reports(&self, at: &Aside) -> Vec<StorageReport> {
         let known: Vec<Storage> = self.known().values().cloned().collect();
-        known.iter().map(report).collect()
+        known.iter().map(|storage| report(at, storage)).collect()
     }
 
     /// Writes a token that other hosts look for. It is removed again after a minute.
     ///
     /// # Errors
     /// `not-found`, or `internal` where nothing can be written.
-    pub fn write_token(&self, name: &Name) -> Result<SharedToken, ApiError> {
-        let folder = self.folder(name)?;
+    pub fn write_token(&self, at: &Aside, name: &Name) -> Result<SharedToken, ApiError> {
+        let folder = self.folder(at, name)?;
         token::sweep(&folder);
         let token = token::write(&folder)?;
         let (path, made) = (PathBuf::from(self.get(name)?.path), token.clone());
         tokio::spawn(async move {
             tokio::time::sleep(token::LIFETIME).await;
-            if let Ok(folder) = Folder::open(&path) {
-                token::remove(&folder, &made);
-            }
+            // One that hangs is left to the next sweep of tokens.
+            tokio::task::spawn_blocking(move || {
+                if let Ok(folder) = Folder::open(&path) {
+                    token::remove(&folder, &made);
+                }
+            });
         });
         Ok(token)
     }
@@ -132,13 +174,18 @@ impl Storages {
     ///
     /// # Errors
     /// `not-found`, or `bad-request` for what is no token.
-    pub fn token_seen(&self, name: &Name, token: &SharedToken) -> Result<bool, ApiError> {
+    pub fn token_seen(
+        &self,
+        at: &Aside,
+        name: &Name,
+        token: &SharedToken,
+    ) -> Result<bool, ApiError> {
         token::check(token)?;
-        Ok(token::seen(&self.folder(name)?, token))
+        Ok(token::seen(&self.folder(at, name)?, token))
     }
 
     /// Removes what tokens of earlier proofs are left.
-    pub fn sweep_tokens(&self) {
+    pub fn sweep_tokens(&self, _: &Aside) {
         let known: Vec<Storage> = self.known().values().cloned().collect();
         for storage in known {
             if let Ok(folder) = Folder::open(Path::new(&storage.path)) {
@@ -152,9 +199,9 @@ impl Storages {
     ///
     /// # Errors
     /// `not-found` for the storage, `bad-path` for the file.
-    pub fn existing_file(&self, file: &StoragePath) -> Result<PathBuf, ApiError> {
+    pub fn existing_file(&self, at: &Aside, file: &StoragePath) -> Result<PathBuf, ApiError> {
         let storage = self.get(&file.storage)?;
-        self.folder(&file.storage)?.open_file(&file.path)?;
+        self.folder(at, &file.storage)?.open_file(&file.path)?;
         Ok(Path::new(&storage.path).join(&file.path))
     }
 
@@ -176,7 +223,7 @@ pub fn vm_folder(vm: VmId) -> String {
     format!("vms/{vm}")
 }
 
-fn report(storage: &Storage) -> StorageReport {
+fn report(_: &Aside, storage: &Storage) -> StorageReport {
     let space = Folder::open(Path::new(&storage.path)).and_then(|folder| folder.space());
     match space {
         Ok(space) => StorageReport {

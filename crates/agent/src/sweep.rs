@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use whimbrel_api::{ApiError, VmId};
+use whimbrel_api::{ApiError, Name, VmId};
 use whimbrel_migration::handoff::{Ownership, Standing};
 use whimbrel_qemu::process::{AdoptError, Process};
 
@@ -28,7 +28,12 @@ const ORPHAN_LOOK_MILLISECONDS: u64 = 20;
 /// # Errors
 /// `internal` where the ledger cannot be read; a single thing that cannot be removed is logged and left to the next time.
 pub async fn at_start(host: &Arc<Host>) -> Result<(), ApiError> {
-    host.storages.sweep_tokens();
+    let at = Arc::clone(host);
+    let tokens = host.storages.aside(move |aside| {
+        at.storages.sweep_tokens(aside);
+        Ok(())
+    });
+    tokens.await?;
     let runs = host.ledger.runs().await?;
     let vms = host.ledger.vms().await?;
     let ownerships: HashMap<VmId, Ownership> =
@@ -122,9 +127,7 @@ async fn sweep_owner(
                     continue;
                 }
                 tracing::info!(%vm, path, "sweeps a file of a VM that was never created");
-                let folder = host.storages.folder(storage)?;
-                folder.remove_file(path)?;
-                folder.remove_empty_folder(&vm_folder(*vm))?;
+                remove_file(host, *vm, storage, path).await?;
             }
             // The network's row decides; without one the bridge was to be made and the request failed.
             Resource::Bridge { name } => {
@@ -137,6 +140,21 @@ async fn sweep_owner(
     }
     host.ledger.unjournal(owner).await?;
     Ok(())
+}
+
+async fn remove_file(
+    host: &Arc<Host>,
+    vm: VmId,
+    storage: &Name,
+    path: &str,
+) -> Result<(), ApiError> {
+    let (at, storage, path) = (Arc::clone(host), storage.clone(), path.to_owned());
+    let removing = host.storages.aside(move |aside| {
+        let folder = at.storages.folder(aside, &storage)?;
+        folder.remove_file(&path)?;
+        Ok(folder.remove_empty_folder(&vm_folder(vm))?)
+    });
+    removing.await
 }
 
 /// Ends the QEMU that was started with this socket, if there is one: the agent died between spawning it and noting its

@@ -95,7 +95,9 @@ impl ImageTool {
         name: &str,
         format: ImageFormat,
     ) -> Result<ImageFacts, ApiError> {
-        check_header(image, name, format)?;
+        let opened = image.try_clone().map_err(share)?;
+        let named = name.to_owned();
+        aside(move || check_header(&opened, &named, format)).await?;
         let arguments = ["info", "--output=json", "-f", format.as_str(), IN];
         let (status, words) = self.look(&arguments, image).await?;
         if !status.success() {
@@ -138,7 +140,7 @@ impl ImageTool {
         let arguments =
             ["create", "-q", "-f", format.as_str(), "-o", "preallocation=off", OUT, &size];
         self.change(&arguments, Stdio::null(), &file, LOOK_SECONDS).await?;
-        sync(file)
+        aside(move || sync(&file)).await
     }
 
     /// Copies an image that was looked at into the new, empty file, and makes it as large as asked for.
@@ -161,7 +163,7 @@ impl ImageTool {
             let arguments = ["resize", "-q", "-f", format.as_str(), OUT, &size];
             self.change(&arguments, Stdio::null(), &file, LOOK_SECONDS).await?;
         }
-        sync(file)
+        aside(move || sync(&file)).await
     }
 
     async fn check(&self, image: &File, name: &str) -> Result<(), ApiError> {
@@ -177,8 +179,7 @@ impl ImageTool {
         arguments: &[&str],
         image: &File,
     ) -> Result<(ExitStatus, Words), ApiError> {
-        let image =
-            image.try_clone().map_err(|error| ApiError::internal("cannot share a file", &error))?;
+        let image = image.try_clone().map_err(share)?;
         self.run(arguments, Stdio::from(image), Stdio::piped(), LOOK_SECONDS).await
     }
 
@@ -189,8 +190,7 @@ impl ImageTool {
         file: &File,
         seconds: u64,
     ) -> Result<(), ApiError> {
-        let file =
-            file.try_clone().map_err(|error| ApiError::internal("cannot share a file", &error))?;
+        let file = file.try_clone().map_err(share)?;
         let (status, words) = self.run(arguments, input, Stdio::from(file), seconds).await?;
         if status.success() {
             return Ok(());
@@ -302,6 +302,18 @@ fn shown(words: &[u8]) -> String {
     text.trim().replace('\n', "; ")
 }
 
-fn sync(file: File) -> Result<(), ApiError> {
+/// Reads or writes on a thread of its own: storage may be slow.
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| ApiError::internal("the work on an image broke off", &error))?
+}
+
+fn share(error: std::io::Error) -> ApiError {
+    ApiError::internal("cannot share a file", &error)
+}
+
+fn sync(file: &File) -> Result<(), ApiError> {
     file.sync_all().map_err(|error| ApiError::internal("cannot sync a new image", &error))
 }

@@ -9,6 +9,9 @@ use whimbrel_qemu::process::UnprivilegedUser;
 use super::image::ImageTool;
 use super::*;
 
+/// A test has nobody to hold up.
+const ASIDE: Aside = Aside(());
+
 const NOBODY: UnprivilegedUser = UnprivilegedUser { uid: 65534, gid: 65534 };
 
 struct Place {
@@ -30,13 +33,13 @@ fn place() -> Place {
 
 impl Place {
     fn folder(&self) -> Folder {
-        self.storages.folder(&name()).unwrap()
+        self.storages.folder(&ASIDE, &name()).unwrap()
     }
 
     /// The code with which a path is refused.
     fn refused(&self, path: &str) -> ErrorCode {
         let file = StoragePath { storage: name(), path: path.to_owned() };
-        self.storages.existing_file(&file).unwrap_err().code
+        self.storages.existing_file(&ASIDE, &file).unwrap_err().code
     }
 }
 
@@ -65,7 +68,7 @@ fn only_plain_files_beneath_the_storage_are_opened() {
     let _socket = std::os::unix::net::UnixListener::bind(dir.join("socket")).unwrap();
 
     let good = StoragePath::new(name(), "sub/plain").unwrap();
-    assert_eq!(place.storages.existing_file(&good).unwrap(), dir.join("sub/plain"));
+    assert_eq!(place.storages.existing_file(&ASIDE, &good).unwrap(), dir.join("sub/plain"));
     let bad = [
         "link",
         "linked-folder/plain",
@@ -202,19 +205,20 @@ async fn images_that_hide_something_are_refused() {
 #[tokio::test]
 async fn a_token_is_seen_where_it_was_written_and_nowhere_else() {
     let (here, elsewhere) = (place(), place());
-    let token = here.storages.write_token(&name()).unwrap();
-    assert!(here.storages.token_seen(&name(), &token).unwrap());
-    assert!(!elsewhere.storages.token_seen(&name(), &token).unwrap());
+    let token = here.storages.write_token(&ASIDE, &name()).unwrap();
+    assert!(here.storages.token_seen(&ASIDE, &name(), &token).unwrap());
+    assert!(!elsewhere.storages.token_seen(&ASIDE, &name(), &token).unwrap());
     for bad in ["", "../../etc/passwd", &"a".repeat(33), &"G".repeat(32)] {
-        let refused = here.storages.token_seen(&name(), &SharedToken { token: bad.to_owned() });
+        let refused =
+            here.storages.token_seen(&ASIDE, &name(), &SharedToken { token: bad.to_owned() });
         assert_eq!(refused.unwrap_err().code, ErrorCode::BadRequest, "{bad}");
     }
     let file = here.dir.path().join(format!(".whimbrel-token-{}", token.token));
-    here.storages.sweep_tokens();
+    here.storages.sweep_tokens(&ASIDE);
     assert!(file.exists());
     let old = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
     fs::File::options().write(true).open(&file).unwrap().set_modified(old).unwrap();
-    here.storages.sweep_tokens();
+    here.storages.sweep_tokens(&ASIDE);
     assert!(!file.exists());
 }
 
@@ -223,11 +227,41 @@ fn a_storage_that_is_not_there_says_so() {
     let storages = Storages::default();
     let nowhere = Storage { name: name(), path: "/nonexistent/x".to_owned(), shared: false };
     storages.put(nowhere);
-    assert!(storages.report(&name()).unwrap().trouble.is_some());
+    assert!(storages.report(&ASIDE, &name()).unwrap().trouble.is_some());
     for bad in ["", "relative", "/a/../b", "/a\nb"] {
         let storage = Storage { name: name(), path: bad.to_owned(), shared: false };
         assert_eq!(Storages::check(&storage).unwrap_err().code, ErrorCode::BadPath, "{bad:?}");
     }
     let unknown: Name = "unknown".parse().unwrap();
-    assert_eq!(storages.report(&unknown).unwrap_err().code, ErrorCode::NotFound);
+    assert_eq!(storages.report(&ASIDE, &unknown).unwrap_err().code, ErrorCode::NotFound);
+}
+
+#[tokio::test]
+async fn a_storage_that_hangs_holds_nobody_up_but_those_who_wait_for_it() {
+    let storages = Arc::new(Storages::default());
+    let (let_go, hanging) = std::sync::mpsc::channel::<()>();
+    let hanging = Arc::new(Mutex::new(hanging));
+    let mut calls = Vec::new();
+    for _ in 0..CALLS_MAX {
+        let (storages, hanging) = (Arc::clone(&storages), Arc::clone(&hanging));
+        calls.push(tokio::spawn(async move {
+            let hangs = move |_: &Aside| {
+                // Until the other end is dropped.
+                let _closed = hanging.lock().map(|it| it.recv());
+                Ok(())
+            };
+            storages.aside(hangs).await
+        }));
+    }
+    // This runtime has one thread, and it is here: nobody blocks it.
+    while storages.calls.available_permits() > 0 {
+        tokio::task::yield_now().await;
+    }
+    let refused = storages.aside(|_| Ok(())).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Busy);
+    drop(let_go);
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    storages.aside(|_| Ok(())).await.unwrap();
 }

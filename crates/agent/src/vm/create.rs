@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use whimbrel_api::agent::VmReport;
-use whimbrel_api::vm::{Boot, Disk, Firmware, VmDefinition};
-use whimbrel_api::{ApiError, ErrorCode};
+use whimbrel_api::vm::{Boot, Disk, Firmware, StoragePath, VmDefinition};
+use whimbrel_api::{ApiError, ErrorCode, Name, VmId};
 use whimbrel_migration::handoff::{Intent, Ownership};
 
 use super::task::{self, Beginning};
@@ -16,7 +16,7 @@ use super::{running, spawn};
 use crate::host::Host;
 use crate::ledger::Resource;
 use crate::storage::image::{ImageTool, SECTOR_BYTES, SPARE_BYTES};
-use crate::storage::{disk_path, vm_folder};
+use crate::storage::{Aside, disk_path, vm_folder};
 use crate::validate;
 
 /// Creates a VM, stopped, with its disks. Its definition comes back with everything pinned.
@@ -42,7 +42,7 @@ pub async fn create(host: &Arc<Host>, asked: VmDefinition) -> Result<VmReport, A
     }
     let definition = pin(host, asked)?;
     validate::definition(&definition)?;
-    check_here(host, &definition)?;
+    check_here(host, &definition).await?;
 
     let owner = definition.id.to_string();
     let mut journal: Vec<Resource> =
@@ -68,25 +68,24 @@ pub(super) async fn delete_files(
     host: &Arc<Host>,
     definition: &VmDefinition,
 ) -> Result<(), ApiError> {
-    let (host, definition) = (Arc::clone(host), definition.clone());
-    let deleted = tokio::task::spawn_blocking(move || {
+    let (at, definition) = (Arc::clone(host), definition.clone());
+    let deleting = host.storages.aside(move |aside| {
+        let folder = |storage: &Name| at.storages.folder(aside, storage);
         for disk in &definition.disks {
             // A path that is not of our making is not ours to delete.
             if disk.file.path == disk_path(definition.id, disk) {
-                host.storages.folder(&disk.file.storage)?.remove_file(&disk.file.path)?;
+                folder(&disk.file.storage)?.remove_file(&disk.file.path)?;
             }
         }
         if let Some(Resource::DiskFile { storage, path, .. }) = variables(&definition)? {
-            host.storages.folder(&storage)?.remove_file(&path)?;
+            folder(&storage)?.remove_file(&path)?;
         }
         for disk in &definition.disks {
-            host.storages
-                .folder(&disk.file.storage)?
-                .remove_empty_folder(&vm_folder(definition.id))?;
+            folder(&disk.file.storage)?.remove_empty_folder(&vm_folder(definition.id))?;
         }
         Ok(())
     });
-    deleted.await.map_err(|error| ApiError::internal("the VM's files were not deleted", &error))?
+    deleting.await
 }
 
 async fn note(host: &Arc<Host>, definition: VmDefinition) -> Result<VmReport, ApiError> {
@@ -132,7 +131,7 @@ fn same_request(found: &VmDefinition, asked: &VmDefinition) -> bool {
 }
 
 /// Whether this host has what the definition names.
-fn check_here(host: &Host, definition: &VmDefinition) -> Result<(), ApiError> {
+async fn check_here(host: &Arc<Host>, definition: &VmDefinition) -> Result<(), ApiError> {
     let engine = host.engine_for(&definition.machine)?;
     if engine.cpu_model(&definition.cpu).is_none_or(|model| !model.unavailable_features.is_empty())
     {
@@ -151,14 +150,16 @@ fn check_here(host: &Host, definition: &VmDefinition) -> Result<(), ApiError> {
             return Err(ApiError::not_found("network", &nic.network));
         }
     }
-    if let Boot::Kernel { kernel, initrd, .. } = &definition.boot {
-        host.storages.existing_file(kernel)?;
-        initrd.iter().try_for_each(|file| host.storages.existing_file(file).map(drop))?;
-    }
     for name in super::storages_of(definition) {
         host.storages.get(&name)?;
     }
-    Ok(())
+    let Boot::Kernel { kernel, initrd, .. } = &definition.boot else { return Ok(()) };
+    let files: Vec<StoragePath> = std::iter::once(kernel).chain(initrd).cloned().collect();
+    let at = Arc::clone(host);
+    let looking = host.storages.aside(move |aside| {
+        files.iter().try_for_each(|file| at.storages.existing_file(aside, file).map(drop))
+    });
+    looking.await
 }
 
 fn file(definition: &VmDefinition, disk: &Disk) -> Resource {
@@ -185,39 +186,38 @@ async fn make_files(host: &Arc<Host>, definition: VmDefinition) -> Result<VmDefi
     let mut definition = definition;
     let id = definition.id;
     for disk in &mut definition.disks {
-        host.storages.folder(&disk.file.storage)?.create_folders(&vm_folder(id))?;
-        disk.size_bytes = make_disk(host, &tool, disk).await?;
-        host.storages.folder(&disk.file.storage)?.sync_folder(&vm_folder(id))?;
+        disk.size_bytes = make_disk(host, &tool, id, disk).await?;
+        let (at, storage) = (Arc::clone(host), disk.file.storage.clone());
+        let syncing = host.storages.aside(move |aside| {
+            Ok(at.storages.folder(aside, &storage)?.sync_folder(&vm_folder(id))?)
+        });
+        syncing.await?;
     }
     if definition.boot == Boot::Firmware(Firmware::Ovmf) {
-        make_variables(host, &definition)?;
+        let (at, of) = (Arc::clone(host), definition.clone());
+        host.storages.aside(move |aside| make_variables(&at, aside, &of)).await?;
     }
     Ok(definition)
 }
 
 /// Makes one disk; returns the size that the guest sees, in bytes.
-async fn make_disk(host: &Host, tool: &ImageTool, disk: &Disk) -> Result<u64, ApiError> {
-    let folder = host.storages.folder(&disk.file.storage)?;
-    let space = folder.space()?;
-    let room_for = |bytes: u64| {
-        let wanted = bytes.saturating_add(SPARE_BYTES);
-        if space.available_bytes >= wanted {
-            return Ok(());
-        }
-        let message = format!(
-            "storage `{}` has {} bytes free, disk `{}` needs {wanted}",
-            disk.file.storage, space.available_bytes, disk.name
-        );
-        Err(ApiError::new(ErrorCode::NoResources, message))
-    };
+async fn make_disk(
+    host: &Arc<Host>,
+    tool: &ImageTool,
+    vm: VmId,
+    disk: &Disk,
+) -> Result<u64, ApiError> {
     let Some(import) = &disk.import else {
         // New images are sparse: they need room for what is written, not for what they promise.
-        room_for(0)?;
-        let file = folder.create_file(&disk.file.path, host.qemu_user())?;
+        let file = new_file(host, vm, disk, 0).await?;
         tool.create(file, disk.format, disk.size_bytes).await?;
         return Ok(disk.size_bytes);
     };
-    let source = host.storages.folder(&import.file.storage)?.open_file(&import.file.path)?;
+    let (at, from) = (Arc::clone(host), import.file.clone());
+    let opening = host
+        .storages
+        .aside(move |aside| Ok(at.storages.folder(aside, &from.storage)?.open_file(&from.path)?));
+    let source = opening.await?;
     let facts = tool.inspect(&source, &import.file.to_string(), import.format).await?;
     let size_bytes = if disk.size_bytes == 0 { facts.virtual_bytes } else { disk.size_bytes };
     if size_bytes < facts.virtual_bytes {
@@ -227,22 +227,49 @@ async fn make_disk(host: &Host, tool: &ImageTool, disk: &Disk) -> Result<u64, Ap
         );
         return Err(ApiError::new(ErrorCode::OutOfRange, message));
     }
-    room_for(facts.occupied_bytes.min(facts.virtual_bytes))?;
-    let file = folder.create_file(&disk.file.path, host.qemu_user())?;
+    let occupied_bytes = facts.occupied_bytes.min(facts.virtual_bytes);
+    let file = new_file(host, vm, disk, occupied_bytes).await?;
     let grow = (size_bytes > facts.virtual_bytes).then_some(size_bytes);
     tool.copy(source, import.format, file, disk.format, grow).await?;
     Ok(size_bytes.next_multiple_of(SECTOR_BYTES))
 }
 
+/// Makes the empty file of a disk, in a storage that has room for so many bytes and some more.
+async fn new_file(
+    host: &Arc<Host>,
+    vm: VmId,
+    disk: &Disk,
+    bytes: u64,
+) -> Result<std::fs::File, ApiError> {
+    let (at, disk) = (Arc::clone(host), disk.clone());
+    let making = host.storages.aside(move |aside| {
+        let folder = at.storages.folder(aside, &disk.file.storage)?;
+        let available_bytes = folder.space()?.available_bytes;
+        let wanted = bytes.saturating_add(SPARE_BYTES);
+        if available_bytes < wanted {
+            let message = format!(
+                "storage `{}` has {available_bytes} bytes free, disk `{}` needs {wanted}",
+                disk.file.storage, disk.name
+            );
+            return Err(ApiError::new(ErrorCode::NoResources, message));
+        }
+        folder.create_folders(&vm_folder(vm))?;
+        Ok(folder.create_file(&disk.file.path, at.qemu_user())?)
+    });
+    making.await
+}
+
 /// Copies the pristine UEFI variables.
-fn make_variables(host: &Host, definition: &VmDefinition) -> Result<(), ApiError> {
+fn make_variables(host: &Host, aside: &Aside, definition: &VmDefinition) -> Result<(), ApiError> {
     let (_, pristine) = spawn::ovmf()?;
     let target = spawn::variables_file(definition)?;
     let failed =
         |error: std::io::Error| running::engine_error("the UEFI variables were not made", &error);
     let mut source = std::fs::File::open(pristine).map_err(failed)?;
-    let mut file =
-        host.storages.folder(&target.storage)?.create_file(&target.path, host.qemu_user())?;
+    let mut file = host
+        .storages
+        .folder(aside, &target.storage)?
+        .create_file(&target.path, host.qemu_user())?;
     std::io::copy(&mut source, &mut file).map_err(failed)?;
     file.sync_all().map_err(failed)
 }

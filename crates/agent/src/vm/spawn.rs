@@ -23,7 +23,7 @@ use super::running::{RunDir, SOCKET_PATH_BYTES_MAX, Spawned};
 use crate::host::Host;
 use crate::ledger::Resource;
 use crate::network::{Tap, tap_name};
-use crate::storage;
+use crate::storage::{self, Aside};
 use crate::validate;
 
 /// How long a new QEMU may take until it answers, in seconds; on a loaded machine it is slow to load its libraries.
@@ -331,14 +331,12 @@ struct Files {
 impl Files {
     /// Opens each file beneath its storage and looks at it.
     async fn resolve(host: &Arc<Host>, definition: &VmDefinition) -> Result<Self, ApiError> {
-        let (host, definition) = (Arc::clone(host), definition.clone());
-        // Storage may be slow; the tasks of other VMs go on meanwhile.
-        let resolved = tokio::task::spawn_blocking(move || Self::look(&host, &definition)).await;
-        resolved.map_err(|error| ApiError::internal("cannot look at the VM's files", &error))?
+        let (at, definition) = (Arc::clone(host), definition.clone());
+        host.storages.aside(move |aside| Self::look(&at, aside, &definition)).await
     }
 
-    fn look(host: &Host, definition: &VmDefinition) -> Result<Self, ApiError> {
-        let path = |file: &StoragePath| host.storages.existing_file(file);
+    fn look(host: &Host, aside: &Aside, definition: &VmDefinition) -> Result<Self, ApiError> {
+        let path = |file: &StoragePath| host.storages.existing_file(aside, file);
         let boot = match &definition.boot {
             Boot::Kernel { kernel, initrd, cmdline } => command_line::Boot::Kernel {
                 kernel: path(kernel)?,
