@@ -10,6 +10,8 @@
 //! | `vm.start.spawn` | QEMU is spawned |
 //! | `vm.start.cont` | the guest is let go |
 //! | `vm.spawned` | the new process is noted in the ledger |
+//! | `vm.end` | a QEMU is killed |
+//! | `vm.take-down` | what was made for a QEMU is removed |
 //!
 //! The migration's own points are named in [`crate::migrate`].
 

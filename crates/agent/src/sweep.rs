@@ -77,7 +77,7 @@ async fn end_run(host: &Host, run: &RunRecord) {
     tracing::info!(run = run.name, "sweeps a QEMU that nobody owns");
     let log = RunDir::new(&host.config.run_dir(), &run.name).qemu_log();
     let ended = match Process::adopt(&run.process, &log) {
-        Ok(process) => spawn::end(&process).await,
+        Ok(process) => spawn::end(host, &process).await,
         Err(AdoptError::Gone { .. }) => Ok(()),
         Err(error) => Err(ApiError::internal("it cannot be looked at", &error)),
     };

@@ -76,10 +76,23 @@ pub async fn spawn(
     host.ledger.journal(&run, &journal).await?;
 
     let plan = Plan { host, definition, purpose, engine, run, dir, files, taps };
-    match plan.carry_out().await {
-        Ok(spawned) => Ok(spawned),
+    let process = match plan.launch().await {
+        Ok(process) => process,
         Err(error) => {
             sweep_run(host, &plan.run, &plan.taps).await;
+            return Err(error);
+        }
+    };
+    match plan.get_to_know(&process).await {
+        Ok(spawned) => Ok(spawned),
+        Err(error) => {
+            // Nothing is taken from under a QEMU that lives.
+            match end(host, &process).await {
+                Ok(()) => sweep_run(host, &plan.run, &plan.taps).await,
+                Err(left) => {
+                    tracing::error!(run = plan.run, error = %left, "a QEMU is left to the next sweep");
+                }
+            }
             Err(error)
         }
     }
@@ -90,7 +103,7 @@ pub async fn spawn(
 /// # Errors
 /// `internal` where the process does not end or something cannot be removed; the journal still names it.
 pub async fn destroy(host: &Host, spawned: &Spawned) -> Result<(), ApiError> {
-    end(&spawned.process).await?;
+    end(host, &spawned.process).await?;
     take_down(host, &spawned.run, &spawned.taps).await
 }
 
@@ -98,7 +111,8 @@ pub async fn destroy(host: &Host, spawned: &Spawned) -> Result<(), ApiError> {
 ///
 /// # Errors
 /// `internal` where it does not end.
-pub(crate) async fn end(process: &Process) -> Result<(), ApiError> {
+pub(crate) async fn end(host: &Host, process: &Process) -> Result<(), ApiError> {
+    host.failpoints.hit("vm.end").await?;
     let ended = process.kill_and_wait(Duration::from_secs(KILL_SECONDS)).await;
     ended.map_err(|error| ApiError::internal("QEMU was not ended", &error))?;
     if has_ended(process.identity()) {
@@ -112,11 +126,12 @@ pub(crate) async fn end(process: &Process) -> Result<(), ApiError> {
 /// # Errors
 /// `internal` where something cannot be removed; the journal still names it.
 pub(crate) async fn take_down(host: &Host, run: &str, taps: &[String]) -> Result<(), ApiError> {
+    host.failpoints.hit("vm.take-down").await?;
     for tap in taps {
         host.networks.remove(tap).await?;
     }
     let path = host.config.run_dir().join(run);
-    match std::fs::remove_dir_all(&path) {
+    match tokio::fs::remove_dir_all(&path).await {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             return Err(ApiError::internal(&format!("cannot remove {}", path.display()), &error));
         }
@@ -174,7 +189,8 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    async fn carry_out(&self) -> Result<Spawned, ApiError> {
+    /// Makes what QEMU needs, and its process last.
+    async fn launch(&self) -> Result<Process, ApiError> {
         let host = self.host;
         self.make_folders().map_err(|error| {
             ApiError::internal(&format!("cannot make {}", self.dir.path().display()), &error)
@@ -189,21 +205,14 @@ impl Plan<'_> {
         let arguments = command_line::arguments(&self.spec())
             .map_err(|error| ApiError::new(ErrorCode::BadRequest, error.to_string()))?;
         host.failpoints.hit("vm.start.spawn").await?;
-        let process = Process::spawn(Launch {
+        Process::spawn(Launch {
             binary: self.engine.binary.clone(),
             arguments,
             user: Some(host.qemu_user()),
             inherited,
             log: self.dir.qemu_log(),
         })
-        .map_err(|error| ApiError::new(ErrorCode::Engine, whimbrel_api::error::chain(&error)))?;
-        match self.get_to_know(&process).await {
-            Ok(spawned) => Ok(spawned),
-            Err(error) => {
-                end(&process).await?;
-                Err(error)
-            }
-        }
+        .map_err(|error| ApiError::new(ErrorCode::Engine, whimbrel_api::error::chain(&error)))
     }
 
     /// Notes the new process and opens a session with it.

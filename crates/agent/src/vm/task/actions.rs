@@ -82,7 +82,7 @@ impl Task {
         match &self.state {
             State::Running(watched) => {
                 let qemu = watched.qemu.clone();
-                spawn::end(&qemu.process).await?;
+                spawn::end(&self.host, &qemu.process).await?;
                 self.end_run(None).await;
                 Ok(())
             }
@@ -91,7 +91,7 @@ impl Task {
                 let record = record.clone();
                 let log = RunDir::new(&self.host.config.run_dir(), &record.name).qemu_log();
                 match Process::adopt(&record.process, &log) {
-                    Ok(process) => spawn::end(&process).await?,
+                    Ok(process) => spawn::end(&self.host, &process).await?,
                     Err(AdoptError::Gone { .. }) => {}
                     Err(error) => return Err(ApiError::internal("QEMU was not ended", &error)),
                 }

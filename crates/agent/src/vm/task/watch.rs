@@ -81,7 +81,7 @@ impl Task {
             tokio::time::timeout(Duration::from_secs(QUIT_SECONDS), qemu.process.wait_exit());
         drop(ended.await);
         // Kills only what has not ended by itself.
-        if let Err(error) = spawn::end(&qemu.process).await {
+        if let Err(error) = spawn::end(&self.host, &qemu.process).await {
             tracing::error!(vm = %self.definition.name, %error, "QEMU does not end");
             return;
         }
@@ -92,7 +92,7 @@ impl Task {
     async fn panicked(&mut self) {
         let State::Running(watched) = &self.state else { return };
         let process = watched.qemu.process.clone();
-        if let Err(error) = spawn::end(&process).await {
+        if let Err(error) = spawn::end(&self.host, &process).await {
             tracing::error!(vm = %self.definition.name, %error, "QEMU does not end");
             return;
         }
