@@ -19,6 +19,7 @@ use whimbrel_qemu::process::UnprivilegedUser;
 
 use crate::config::AgentConfig;
 use crate::failpoint::Failpoints;
+use crate::in_hand::InHand;
 use crate::ledger::{Ledger, Resource};
 use crate::migrate::Migrations;
 use crate::network::Networks;
@@ -39,6 +40,8 @@ pub struct Host {
     pub door_tls: watch::Sender<Arc<rustls::ServerConfig>>,
     /// Its durable memory.
     pub ledger: Ledger,
+    /// What somebody handles at this moment.
+    pub in_hand: InHand,
     /// Failures on order.
     pub failpoints: Failpoints,
     /// The QEMUs, the first being the one for new VMs.
@@ -136,9 +139,11 @@ impl Host {
             refuse_if_used("network", &network.name, &users)
                 .map_err(|error| error.hint("its bridge can be changed when no VM here uses it"))?;
         }
+        let owner = network_owner(&network.name);
+        let _alone = self.in_hand.wait_alone(&owner).await?;
         if !self.networks.bridge_exists(&network.bridge).await? {
             let bridge = Resource::Bridge { name: network.bridge.clone() };
-            self.ledger.journal(&network_owner(&network.name), &[bridge]).await?;
+            self.ledger.journal(&owner, &[bridge]).await?;
         }
         self.networks.ensure(network).await?;
         self.ledger.put_network(network).await?;
@@ -154,8 +159,9 @@ impl Host {
             return Err(ApiError::not_found("network", name));
         }
         refuse_if_used("network", name, &self.users_of_network(name).await?)?;
-        self.networks.forget(name);
         let owner = network_owner(name);
+        let _alone = self.in_hand.wait_alone(&owner).await?;
+        self.networks.forget(name);
         for (found, resource) in self.ledger.journaled().await? {
             if let (true, Resource::Bridge { name }) = (found == owner, resource) {
                 self.networks.remove(&name).await?;

@@ -463,6 +463,20 @@ impl Ledger {
         rows.into_iter().map(|(owner, text)| Ok((owner, read("resource", &text)?))).collect()
     }
 
+    /// Forgets one thing that was made for `owner`, after it is gone.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub async fn unjournal_one(&self, owner: &str, resource: &Resource) -> Result<(), LedgerError> {
+        let (owner, resource) = (owner.to_owned(), write("resource", resource)?);
+        self.run("clear the journal", move |t| {
+            let sql = "DELETE FROM journal WHERE owner = ?1 AND resource = ?2";
+            t.execute(sql, params![owner, resource])
+        })
+        .await
+        .map(drop)
+    }
+
     /// Forgets all that was made for `owner`, after it is gone.
     ///
     /// # Errors

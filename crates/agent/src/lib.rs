@@ -15,6 +15,7 @@ pub mod config;
 pub mod failpoint;
 pub mod host;
 pub mod http;
+pub mod in_hand;
 pub mod join;
 pub mod ledger;
 pub mod migrate;
@@ -177,6 +178,7 @@ impl Agent {
             door_tls,
             ledger,
             failpoints,
+            in_hand: in_hand::InHand::default(),
             engines,
             networks: Networks::new()?,
             storages: Storages::default(),
@@ -197,6 +199,7 @@ impl Agent {
         let tls = host.door_tls.subscribe();
         let listener = bind(host.config.listen).await?;
         let housekeeping = tokio::spawn(keep_house(Arc::clone(&host)));
+        let sweeping = tokio::spawn(sweep::again_and_again(Arc::clone(&host)));
         tracing::info!(
             host = %host.name(),
             listen = %host.config.listen,
@@ -207,6 +210,7 @@ impl Agent {
             .serve(vec![Listener::Tcp(listener)], shutdown)
             .await;
         housekeeping.abort();
+        sweeping.abort();
         host.vms.close().await;
         tracing::info!(host = %host.name(), "ended; QEMUs go on");
         Ok(())

@@ -1,12 +1,15 @@
-//! Takes down at the start what an earlier life of the agent has left: things that the journal names and nobody owns.
+//! Takes down what nobody owns and the journal names: what an earlier life of the agent has left, and what could not be
+//! taken down when it was time.
 //!
-//! Runs before the door opens and before any migration is taken up, so that nothing is being made meanwhile. What it is
-//! not sure about it leaves alone and says so: a QEMU whose VM has no ownership record, a process that cannot be looked
-//! at, a folder that the journal does not know.
+//! Once at the start, before the door opens and before any migration is taken up, and then every [`SWEEP_SECONDS`]. What a
+//! live task makes, has or takes down is held ([`crate::in_hand`]) and left alone, and so is whatever the ledger gives to
+//! a VM or an open migration. What it is not sure about it leaves alone as well and says so: a QEMU whose VM has no
+//! ownership record, a process that cannot be looked at, a folder that the journal does not know.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use whimbrel_api::{ApiError, Name, VmId};
@@ -14,16 +17,19 @@ use whimbrel_migration::handoff::{Ownership, Standing};
 use whimbrel_qemu::process::{AdoptError, Process};
 
 use crate::host::Host;
+use crate::in_hand::Hold;
 use crate::ledger::{Resource, RunRecord};
 use crate::storage::vm_folder;
 use crate::vm::{RunDir, own_run, spawn};
 
+/// How often is swept, in seconds. What a finished migration leaves is to be gone within 30.
+pub const SWEEP_SECONDS: u64 = 10;
 /// How long an orphan may take to be gone, in milliseconds.
 const ORPHAN_MILLISECONDS: u64 = 10_000;
 /// How often it is looked at meanwhile, in milliseconds.
 const ORPHAN_LOOK_MILLISECONDS: u64 = 20;
 
-/// Sweeps.
+/// Sweeps at the start of the agent, tokens of earlier proofs of shared storages included.
 ///
 /// # Errors
 /// `internal` where the ledger cannot be read; a single thing that cannot be removed is logged and left to the next time.
@@ -34,42 +40,82 @@ pub async fn at_start(host: &Arc<Host>) -> Result<(), ApiError> {
         Ok(())
     });
     tokens.await?;
+    once(host, &mut HashSet::new()).await
+}
+
+/// Sweeps until the agent ends.
+pub async fn again_and_again(host: Arc<Host>) {
+    let mut told = HashSet::new();
+    loop {
+        tokio::time::sleep(Duration::from_secs(SWEEP_SECONDS)).await;
+        if let Err(error) = once(&host, &mut told).await {
+            tracing::warn!(%error, "nothing was swept this time");
+        }
+    }
+}
+
+/// Sweeps once. `told` are the runs that are left alone and of which that has been said.
+///
+/// # Errors
+/// As [`at_start`].
+pub async fn once(host: &Arc<Host>, told: &mut HashSet<String>) -> Result<(), ApiError> {
+    let mut left = left_over(host).await?;
+    if left.is_empty() {
+        return Ok(());
+    }
+    // Read after it was seen that nobody holds what is left: whoever let go of it has written down what it is to be.
     let runs = host.ledger.runs().await?;
     let vms = host.ledger.vms().await?;
     let ownerships: HashMap<VmId, Ownership> =
         host.ledger.current_of_all().await?.into_iter().map(|record| (record.vm, record)).collect();
 
-    let mut kept: HashSet<String> = HashSet::new();
     for record in ownerships.values() {
         let row = vms.iter().find(|row| row.definition.id == record.vm);
         let run = match record.standing {
             Standing::Owned
             | Standing::Leaving { .. }
             | Standing::Released { .. }
-            | Standing::Serving { .. } => {
-                own_run(record, row, &runs)
-            }
+            | Standing::Serving { .. } => own_run(record, row, &runs),
             Standing::Expected { .. } | Standing::Fetching { .. } => runs
                 .iter()
                 .find(|run| run.definition.id == record.vm && run.migration == record.migration),
             Standing::Gone { .. } | Standing::Refused { .. } => None,
         };
-        kept.extend(run.map(|run| run.name.clone()));
+        if let Some(run) = run {
+            left.remove(&run.name);
+        }
     }
-    let surplus: Vec<&RunRecord> = runs.iter().filter(|run| !kept.contains(&run.name)).collect();
-    for run in surplus {
+    for run in &runs {
+        let Some(_held) = left.remove(&run.name) else { continue };
         if ownerships.contains_key(&run.definition.id) {
             end_run(host, run).await;
-        } else {
+        } else if told.insert(run.name.clone()) {
             tracing::error!(
                 run = run.name,
                 "a QEMU of a VM that nobody has a record of is left alone"
             );
-            kept.insert(run.name.clone());
         }
     }
     let known_vms = vms.iter().map(|row| row.definition.id).collect();
-    sweep_journal(host, &kept, &known_vms).await
+    for (owner, (resources, _alone)) in left {
+        if let Err(error) = sweep_owner(host, &owner, &resources, &known_vms).await {
+            tracing::error!(owner, %error, "something was not swept");
+        }
+    }
+    Ok(())
+}
+
+/// All that the journal names and nobody holds, by its owner. It is held from here on, so that nobody begins anew with it.
+async fn left_over(host: &Arc<Host>) -> Result<BTreeMap<String, (Vec<Resource>, Hold)>, ApiError> {
+    let mut of_owner: BTreeMap<String, Vec<Resource>> = BTreeMap::new();
+    for (owner, resource) in host.ledger.journaled().await? {
+        of_owner.entry(owner).or_default().push(resource);
+    }
+    let held = of_owner.into_iter().filter_map(|(owner, resources)| {
+        let alone = host.in_hand.hold_alone(&owner)?;
+        Some((owner, (resources, alone)))
+    });
+    Ok(held.collect())
 }
 
 /// Ends a QEMU that this host must not run any more, or that never ran, and takes down what belongs to it.
@@ -87,26 +133,6 @@ async fn end_run(host: &Host, run: &RunRecord) {
     }
 }
 
-async fn sweep_journal(
-    host: &Arc<Host>,
-    kept: &HashSet<String>,
-    known_vms: &HashSet<VmId>,
-) -> Result<(), ApiError> {
-    let mut of_owner: BTreeMap<String, Vec<Resource>> = BTreeMap::new();
-    for (owner, resource) in host.ledger.journaled().await? {
-        of_owner.entry(owner).or_default().push(resource);
-    }
-    for (owner, resources) in of_owner {
-        if kept.contains(&owner) {
-            continue;
-        }
-        if let Err(error) = sweep_owner(host, &owner, &resources, known_vms).await {
-            tracing::error!(owner, %error, "something was not swept");
-        }
-    }
-    Ok(())
-}
-
 /// Removes all that was made, or about to be made, for one owner.
 async fn sweep_owner(
     host: &Arc<Host>,
@@ -119,27 +145,30 @@ async fn sweep_owner(
             Resource::Run { name } => {
                 tracing::info!(run = name, "sweeps what was made for a start that never was");
                 end_orphan(&RunDir::new(&host.config.run_dir(), name).qmp_socket()).await?;
-                spawn::take_down(host, name, &[]).await?;
+                let taps: Vec<String> = resources.iter().filter_map(tap).collect();
+                spawn::take_down(host, name, &taps).await?;
             }
             Resource::Tap { name, .. } => host.networks.remove(name).await?,
+            // The VM's row names it.
+            Resource::DiskFile { vm, .. } if known_vms.contains(vm) => {}
             Resource::DiskFile { vm, storage, path } => {
-                if known_vms.contains(vm) {
-                    continue;
-                }
                 tracing::info!(%vm, path, "sweeps a file of a VM that was never created");
                 remove_file(host, *vm, storage, path).await?;
             }
-            // The network's row decides; without one the bridge was to be made and the request failed.
-            Resource::Bridge { name } => {
-                if host.networks.bridge_is_used(name) {
-                    return Ok(());
-                }
-                host.networks.remove(name).await?;
-            }
+            Resource::Bridge { name } if host.networks.bridge_is_used(name) => continue,
+            // The network has another bridge by now, or was never made.
+            Resource::Bridge { name } => host.networks.remove(name).await?,
         }
+        host.ledger.unjournal_one(owner, resource).await?;
     }
-    host.ledger.unjournal(owner).await?;
     Ok(())
+}
+
+fn tap(resource: &Resource) -> Option<String> {
+    match resource {
+        Resource::Tap { name, .. } => Some(name.clone()),
+        _ => None,
+    }
 }
 
 async fn remove_file(
@@ -180,7 +209,7 @@ async fn end_orphan(socket: &Path) -> Result<(), ApiError> {
         if !has_argument(pid, &wanted) {
             return Ok(());
         }
-        tokio::time::sleep(std::time::Duration::from_millis(ORPHAN_LOOK_MILLISECONDS)).await;
+        tokio::time::sleep(Duration::from_millis(ORPHAN_LOOK_MILLISECONDS)).await;
     }
     Err(failed(rustix::io::Errno::BUSY))
 }
@@ -218,7 +247,7 @@ mod tests {
             .unwrap();
         let pid = Pid::from_child(&child);
         while !has_argument(pid, &socket) {
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         end_orphan(Path::new("/nonexistent/other.sock")).await.unwrap();
         assert!(child.try_wait().unwrap().is_none());

@@ -24,6 +24,9 @@ use crate::validate;
 /// # Errors
 /// A refusal with nothing changed, or a failure after which nothing is left that the journal does not name.
 pub async fn create(host: &Arc<Host>, asked: VmDefinition) -> Result<VmReport, ApiError> {
+    // A repeated request waits for the first one: it must not take its files for left-overs.
+    let owner = asked.id.to_string();
+    let _alone = host.in_hand.wait_alone(&owner).await?;
     if host.vms.has(asked.id) {
         let report = host.vms.report(asked.id)?;
         return if same_request(&report.definition, &asked) {
@@ -44,7 +47,6 @@ pub async fn create(host: &Arc<Host>, asked: VmDefinition) -> Result<VmReport, A
     validate::definition(&definition)?;
     check_here(host, &definition).await?;
 
-    let owner = definition.id.to_string();
     let mut journal: Vec<Resource> =
         definition.disks.iter().map(|disk| file(&definition, disk)).collect();
     journal.extend(variables(&definition)?);

@@ -106,6 +106,7 @@ pub async fn try_to_find(host: &Host, record: &RunRecord) -> Result<Found, Silen
             process,
             engine: record.engine.clone(),
             taps: record.taps.clone(),
+            _hold: host.in_hand.hold(&record.name),
         }))),
         Err(error) => Err(Silent { why: whimbrel_api::error::chain(&error) }),
     }

@@ -8,6 +8,7 @@ use whimbrel_migration::handoff::Ownership;
 use whimbrel_qemu::machine::Machine;
 use whimbrel_qemu::process::Process;
 
+use crate::in_hand::Hold;
 use crate::ledger::RunRecord;
 
 /// The folder in a run's folder that QEMU may write to.
@@ -78,7 +79,8 @@ impl RunDir {
 }
 
 /// A QEMU that this agent has spawned or found again, and what belongs to it. Its guest does not run unless somebody
-/// has said `cont`. Dropping this does nothing to the QEMU: the ledger still names it.
+/// has said `cont`. Dropping this does nothing to the QEMU: the ledger still names it, and the sweep takes it if it is
+/// nobody's.
 #[derive(Debug, Clone)]
 pub struct Spawned {
     /// What it runs.
@@ -97,6 +99,8 @@ pub struct Spawned {
     pub engine: RunningEngine,
     /// Its taps, in the order of its NICs.
     pub taps: Vec<String>,
+    /// Whoever has it, the sweep leaves it alone.
+    pub(crate) _hold: Hold,
 }
 
 impl Spawned {

@@ -21,6 +21,7 @@ use whimbrel_qemu::process::{Inherited, Launch, Process};
 use super::found::has_ended;
 use super::running::{RunDir, SOCKET_PATH_BYTES_MAX, Spawned};
 use crate::host::Host;
+use crate::in_hand::Hold;
 use crate::ledger::Resource;
 use crate::network::{Tap, tap_name};
 use crate::storage::{self, Aside};
@@ -69,6 +70,8 @@ pub async fn spawn(
     let dir = RunDir::new(&host.config.run_dir(), &run);
     check_socket_path(&dir)?;
     let files = Files::resolve(host, definition).await?;
+    // Until it is known what belongs to whom, the sweep passes by.
+    let hold = host.in_hand.hold(&run);
     let taps: Vec<String> = (0..definition.nics.len()).map(|index| tap_name(&run, index)).collect();
 
     let mut journal = vec![Resource::Run { name: run.clone() }];
@@ -83,7 +86,7 @@ pub async fn spawn(
             return Err(error);
         }
     };
-    match plan.get_to_know(&process).await {
+    match plan.get_to_know(&process, hold).await {
         Ok(spawned) => Ok(spawned),
         Err(error) => {
             // Nothing is taken from under a QEMU that lives.
@@ -216,7 +219,7 @@ impl Plan<'_> {
     }
 
     /// Notes the new process and opens a session with it.
-    async fn get_to_know(&self, process: &Process) -> Result<Spawned, ApiError> {
+    async fn get_to_know(&self, process: &Process, hold: Hold) -> Result<Spawned, ApiError> {
         self.host.failpoints.hit("vm.spawned").await?;
         let socket = self.dir.qmp_socket();
         let vm = *self.definition.id.as_uuid();
@@ -241,6 +244,7 @@ impl Plan<'_> {
             process: process.clone(),
             engine: record.engine,
             taps: record.taps,
+            _hold: hold,
         })
     }
 

@@ -4,6 +4,7 @@
 
 mod certificates;
 mod http;
+mod leftovers;
 mod loans;
 mod migrations;
 mod networks;
