@@ -42,7 +42,7 @@ use whimbrel_qemu::qmp::QmpError;
 use super::driver::{Side, drive, ended, ticks};
 use super::{migration_ip, remember_incoming};
 use crate::host::Host;
-use crate::vm::found::has_ended;
+use crate::vm::found::{has_ended, hear_again};
 use crate::vm::spawn::{Purpose, destroy, spawn};
 use crate::vm::{RunningVm, Spawned};
 
@@ -291,11 +291,16 @@ impl Arrival {
     /// A `cont` that was not answered may have been heard all the same, and the guest may have run and stopped by itself
     /// (powered off, say): a later refusal is one only where the guest is still as it was loaded.
     async fn continue_guest(&mut self) -> DestinationInput {
-        let Some(target) = &self.target else { return DestinationInput::QemuGone };
+        let Some(target) = &mut self.target else { return DestinationInput::QemuGone };
+        let process = target.process.clone();
         let mut events = target.machine.events();
         let mut unanswered = false;
         loop {
-            if target.process.exited().is_some() {
+            tokio::select! {
+                () = hear_again(&self.host, target) => {}
+                _ = process.wait_exit() => {}
+            }
+            if process.exited().is_some() {
                 return DestinationInput::QemuGone;
             }
             let told = target.machine.cont().await;

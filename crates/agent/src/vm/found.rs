@@ -49,6 +49,18 @@ pub async fn find_again(host: &Host, record: &RunRecord) -> Found {
     }
 }
 
+/// Opens a new session with a QEMU whose old one has ended, though it lives; waits for as long as it does not answer. One
+/// that is gone stays as it was: whoever has it hears of its end. Cancellation safe.
+pub(crate) async fn hear_again(host: &Host, qemu: &mut Spawned) {
+    if qemu.machine.qmp().ended().is_none() {
+        return;
+    }
+    tracing::warn!(run = qemu.run, "the session with QEMU has ended; opening another");
+    if let Found::Alive(found) = find_again(host, &qemu.record()).await {
+        qemu.machine = found.machine;
+    }
+}
+
 /// Whether a process of this boot has ended. Asked before anything of a run is taken down: a watcher that has itself
 /// ended (with its runtime, when the agent ends) tells an end that was none.
 pub(crate) fn has_ended(process: &ProcessIdentity) -> bool {

@@ -15,6 +15,7 @@ use whimbrel_api::migration::{MigrateOptions, Stay, Strategy};
 use whimbrel_api::policy::Policy;
 use whimbrel_api::vm::{VmAction, VmState};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Phase, VmId};
+use whimbrel_migration::handoff::Standing;
 use whimbrel_pki::grant::{Claims, SignedGrant};
 use whimbrel_pki::tls;
 
@@ -402,6 +403,50 @@ fn a_release_that_cannot_be_written_and_nobody_answers_is_told() {
 }
 
 #[test]
+fn a_guest_whose_qemu_is_not_heard_any_more_during_the_copy_stays() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.a.faults("stall:copying");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Precopy).await;
+            assert_ne!(pair.a.cut_sessions(), 0);
+            let end = pair.end(&one, &pair.a).await;
+            assert!(matches!(end, OutgoingEnd::Stayed { .. }), "{end:?}");
+        });
+        pair.a.faults("");
+        pair.settle(&one, &pair.b);
+        pair.assert_runs_on(vm, &a);
+        pair.assert_clean(&pair.b, &b);
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+    });
+}
+
+#[test]
+fn a_guest_that_is_owned_runs_though_the_session_with_its_qemu_was_lost() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.b.faults("stall:cont");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            let owned = async || {
+                let word = b.host.ledger.current(vm).await.unwrap();
+                word.is_some_and(|word| word.standing == Standing::Owned)
+            };
+            eventually(owned).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            assert_ne!(pair.b.cut_sessions(), 0);
+            pair.b.faults("");
+            assert_eq!(pair.end(&one, &pair.a).await, OutgoingEnd::Moved);
+        });
+        pair.assert_runs_on(vm, &b);
+        pair.assert_clean(&pair.a, &a);
+    });
+}
+
+#[test]
 fn a_refusal_that_is_not_written_yet_is_not_forgotten() {
     with_pair(|pair, a, b| {
         let vm = pair.vm_on(&a);
@@ -589,7 +634,7 @@ fn a_destination_agent_killed_before_it_owns_is_asked_until_it_answers() {
             pair.send(&one, &pair.a, &pair.b, offer).await.unwrap();
             let released = async || {
                 let current = a.host.ledger.current(vm).await.unwrap().unwrap();
-                matches!(current.standing, whimbrel_migration::handoff::Standing::Released { .. })
+                matches!(current.standing, Standing::Released { .. })
             };
             eventually(released).await;
         });

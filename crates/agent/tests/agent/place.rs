@@ -132,6 +132,23 @@ impl Place {
         std::fs::write(file, faults).unwrap();
     }
 
+    /// Ends the sessions between this host's agent and its QEMUs, which both live on.
+    pub(crate) fn cut_sessions(&self) -> usize {
+        use nix::sys::socket::{Shutdown, UnixAddr, getpeername, shutdown};
+        let run_dir = self.config.run_dir();
+        let of_this_host = |fd: &i32| {
+            let peer = getpeername::<UnixAddr>(*fd).ok();
+            peer.and_then(|peer| Some(peer.path()?.starts_with(&run_dir))).unwrap_or_default()
+        };
+        let open = std::fs::read_dir("/proc/self/fd").unwrap();
+        let open = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let sessions: Vec<i32> = open.filter(of_this_host).collect();
+        for session in &sessions {
+            shutdown(*session, Shutdown::Both).unwrap();
+        }
+        sessions.len()
+    }
+
     pub(crate) fn failpoints(&self, orders: &str) {
         std::fs::write(self.config.dir.join("failpoints"), orders).unwrap();
     }

@@ -153,6 +153,30 @@ fn a_qemu_that_dies_is_a_crash_that_stays_told() {
 }
 
 #[test]
+fn a_qemu_whose_session_is_lost_is_found_again_by_its_task() {
+    in_namespace(|| {
+        let place = Place::with_fake();
+        place.life(async |host| {
+            let report = running(&host).await;
+            let (id, pid) = (report.definition.id, report.engine.unwrap().pid);
+            for _ in 0..2 {
+                place.faults("silent:qmp");
+                assert_ne!(place.cut_sessions(), 0);
+                eventually(async || matches!(state(&host, id), VmState::Unknown { .. })).await;
+                let refused = host.vms.act(id, VmAction::Pause, false).await.unwrap_err();
+                assert_eq!(refused.code, ErrorCode::WrongState);
+                place.faults("");
+                eventually(async || state(&host, id) == VmState::Running).await;
+                assert_eq!(place.processes(), [pid]);
+            }
+            host.vms.act(id, VmAction::Pause, false).await.unwrap();
+            host.vms.act(id, VmAction::Stop, true).await.unwrap();
+            place.assert_clean(&host).await;
+        });
+    });
+}
+
+#[test]
 fn a_start_that_fails_leaves_nothing_and_the_next_one_works() {
     in_namespace(|| {
         let place = Place::with_fake();

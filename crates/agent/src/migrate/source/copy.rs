@@ -21,6 +21,7 @@ use whimbrel_qemu::migrate::outgoing::{Completed, Outgoing, OutgoingError, Outgo
 
 use super::Departure;
 use super::pause::now_us;
+use crate::vm::found::hear_again;
 
 /// The least time that QEMU gets, in seconds, from the guest's stop until the rest has arrived; after it the guest resumes
 /// here. A slow link gets more: see [`switchover_limit`].
@@ -122,9 +123,11 @@ impl Departure {
     /// Gives the copy up, whatever QEMU is doing.
     pub(super) async fn stop_copy(&mut self) {
         self.copying = None;
-        let Some(guest) = &self.guest else { return };
-        let (machine, process) = (&guest.qemu.machine, &guest.qemu.process);
+        let Some(guest) = &mut self.guest else { return };
         let within = Duration::from_secs(CANCEL_SECONDS);
+        // A QEMU that lives and cannot be heard is waited for when the guest is to be resumed.
+        let _heard = timeout(within, hear_again(&self.host, &mut guest.qemu)).await;
+        let (machine, process) = (&guest.qemu.machine, &guest.qemu.process);
         let alone = Duration::from_millis(CANCEL_ALONE_MS);
         if let Ok(Ok(_)) = timeout(alone, Outgoing::reattach(machine).cancel(within)).await {
             return;

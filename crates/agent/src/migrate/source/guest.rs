@@ -13,6 +13,7 @@ use whimbrel_qemu::machine::RunState;
 
 use super::Departure;
 use crate::vm::RunningVm;
+use crate::vm::found::hear_again;
 
 /// How often an attempt to resume the guest is repeated, in milliseconds.
 const RESUME_RETRY_MS: u64 = 200;
@@ -20,10 +21,12 @@ const RESUME_RETRY_MS: u64 = 200;
 impl Departure {
     /// The guest runs, or does not for reasons of its own (see [`rests`]), or its QEMU is gone: nothing else ends this.
     pub(super) async fn resume_guest(&mut self) {
-        let Some(guest) = &self.guest else { return };
-        let (machine, id) = (&guest.qemu.machine, self.id);
+        let Some(guest) = &mut self.guest else { return };
+        let (process, id) = (guest.qemu.process.clone(), self.id);
         let resumed = async {
             loop {
+                hear_again(&self.host, &mut guest.qemu).await;
+                let machine = &guest.qemu.machine;
                 match machine.status().await {
                     Ok(status) if status.running || rests(&status.run_state) => return,
                     _ => {}
@@ -39,7 +42,7 @@ impl Departure {
         };
         tokio::select! {
             () = resumed => {}
-            _ = guest.qemu.process.wait_exit() => {}
+            _ = process.wait_exit() => {}
         }
     }
 
