@@ -14,7 +14,8 @@ pub(crate) fn abilities(
     features: &Features,
     postcopy_obstacle: Option<String>,
 ) -> Option<EngineAbilities> {
-    let given = features.avail_switchover_bandwidth.then(|| "avail-switchover-bandwidth".to_owned());
+    let given =
+        features.avail_switchover_bandwidth.then(|| "avail-switchover-bandwidth".to_owned());
     Some(EngineAbilities {
         version: version.parse().ok()?,
         capabilities: features.migration_capabilities.clone(),

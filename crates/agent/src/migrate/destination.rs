@@ -39,7 +39,7 @@ use whimbrel_qemu::migrate::incoming::{
 };
 use whimbrel_qemu::qmp::QmpError;
 
-use super::driver::{Side, drive, ended, ticks};
+use super::driver::{Side, drive, ended, ticks, written};
 use super::{migration_ip, remember_incoming};
 use crate::host::Host;
 use crate::vm::found::{has_ended, hear_again};
@@ -207,7 +207,11 @@ impl Arrival {
     }
 
     async fn persist(&mut self, record: &Ownership) -> DestinationInput {
-        match self.host.ledger.persist(record).await {
+        let tell = async {
+            error!(migration = %self.id, vm = %record.vm, standing = ?record.standing,
+                "the disk of this host's ledger does not answer; it is waited for");
+        };
+        match written(self.host.ledger.persist(record), tell).await {
             Ok(()) => {
                 self.owned = matches!(record.standing, Standing::Owned).then(|| record.clone());
                 DestinationInput::Persisted

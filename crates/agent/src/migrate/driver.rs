@@ -12,10 +12,11 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::pin::pin;
 use std::time::Duration;
 
-use tokio::time::{Interval, MissedTickBehavior, interval};
-use whimbrel_migration::handoff::{Action, RESEND_INTERVAL_MS};
+use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
+use whimbrel_migration::handoff::{Action, RESEND_INTERVAL_MS, UNRESOLVED_AFTER_MS};
 use whimbrel_qemu::process::Process;
 
 /// One side: its rules, its QEMU, and what it listens to.
@@ -56,6 +57,20 @@ pub(super) async fn drive<S: Side + Send>(side: &mut S, first: Vec<Action>, mut 
         if let Some(input) = side.listen(&mut ears).await {
             todo.extend(side.step(input));
         }
+    }
+}
+
+/// Awaits a write to the ledger for as long as it takes, for what is not known to have failed has not failed. A disk that
+/// hangs must not do so in silence: `tell` is done once [`UNRESOLVED_AFTER_MS`] have passed.
+pub(super) async fn written<T>(
+    write: impl Future<Output = T>,
+    tell: impl Future<Output = ()>,
+) -> T {
+    let mut write = pin!(write);
+    let patience = Duration::from_millis(UNRESOLVED_AFTER_MS);
+    match timeout(patience, &mut write).await {
+        Ok(done) => done,
+        Err(_) => tokio::join!(write, tell).0,
     }
 }
 

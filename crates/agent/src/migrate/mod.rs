@@ -56,6 +56,9 @@ use crate::vm::spawn::destroy;
 const PREPARE_SECONDS: u64 = 25;
 /// How long an order waits for its answer, in seconds.
 const ORDER_SECONDS: u64 = 12;
+/// How long a handoff message waits for its answer, in seconds, where the task or the ledger hangs: less than its sender
+/// waits.
+const HANDOFF_SECONDS: u64 = 4;
 /// Orders that may wait for a migration's task.
 const ORDERS_MAX: usize = 16;
 /// Migrations that a host keeps in mind, ended ones that nobody took note of included.
@@ -356,6 +359,21 @@ pub async fn handoff(
     id: MigrationId,
     said: Handoff,
 ) -> Result<Handoff, ApiError> {
+    let answer = answer_handoff(host, peer, id, said);
+    let answered = timeout(Duration::from_secs(HANDOFF_SECONDS), answer).await;
+    answered.unwrap_or_else(|_| Err(no_answer_yet()))
+}
+
+fn no_answer_yet() -> ApiError {
+    ApiError::new(ErrorCode::Busy, "there is no answer to that yet; ask again")
+}
+
+async fn answer_handoff(
+    host: &Arc<Host>,
+    peer: &Peer,
+    id: MigrationId,
+    said: Handoff,
+) -> Result<Handoff, ApiError> {
     if said.message.claim.migration != id {
         return Err(ApiError::new(ErrorCode::BadRequest, "the message is about another migration"));
     }
@@ -375,9 +393,7 @@ pub async fn handoff(
         let (answer, answered) = oneshot::channel();
         if incoming.orders.send(destination::Order::Message(said.message, answer)).await.is_ok() {
             // The task lets nobody wait for ever: it drops the question, and the source asks again.
-            return answered.await.map_err(|_| {
-                ApiError::new(ErrorCode::Busy, "there is no answer to that yet; ask again")
-            });
+            return answered.await.map_err(|_| no_answer_yet());
         }
     }
     let record = host.ledger.ownership(said.message.claim.vm, Some(id)).await?;
@@ -582,9 +598,11 @@ pub async fn answered(
     said: Handoff,
 ) -> Result<OutgoingReport, ApiError> {
     let outgoing = host.migrations.find_outgoing(id).ok_or_else(|| unknown(id))?;
-    // A migration that has ended needs no answer.
-    let _ended = outgoing.orders.send(source::Order::Answer(said.message)).await;
-    Ok(outgoing.report.borrow().clone())
+    match outgoing.orders.try_send(source::Order::Answer(said.message)) {
+        Err(mpsc::error::TrySendError::Full(_)) => Err(no_answer_yet()),
+        // A migration that has ended needs no answer.
+        Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(outgoing.report.borrow().clone()),
+    }
 }
 
 /// `DELETE /v1/outgoing/{migration}`: the controller has taken note of the end.

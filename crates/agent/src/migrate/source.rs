@@ -9,14 +9,15 @@
 //! errors, and what cannot be done is tried again at the next tick.
 //!
 //! The VM is taken by value from its task ([`RunningVm`]) and given back by [`Ended`]. Each in its own file: [`mod@copy`],
-//! the questions to the destination ([`asking`]), the guest that stays or is gone ([`guest`]), and the figures of its
-//! [`pause`]. Not here: HTTP, the destination's side, what QEMU is told ([`whimbrel_qemu::migrate::outgoing`]). Called by
+//! the questions to the destination ([`asking`]), the guest that stays or is gone ([`guest`]), this host's [`word`], and the
+//! figures of the [`pause`]. Not here: HTTP, the destination's side, what QEMU is told ([`whimbrel_qemu::migrate::outgoing`]). Called by
 //! [`super::Migrations`].
 
 mod asking;
 mod copy;
 mod guest;
 mod pause;
+mod word;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Interval, interval};
-use tracing::{debug, error, warn};
+use tracing::{debug, error};
 use whimbrel_api::agent::{OutgoingEnd, OutgoingReport, OutgoingRequest};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::error::chain;
@@ -34,7 +35,7 @@ use whimbrel_api::migration::Stay;
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
 use whimbrel_migration::handoff::{
-    Action, Body, Claim, Message, Ownership, Source, SourceInput, Standing, UNRESOLVED_AFTER_MS,
+    Action, Body, Claim, Message, Source, SourceInput, UNRESOLVED_AFTER_MS,
 };
 use whimbrel_migration::phase::Outcome;
 use whimbrel_pki::identity::qemu_dns_name;
@@ -47,9 +48,9 @@ use whimbrel_qemu::migrate::outgoing::{
 use whimbrel_qemu::process::Process;
 
 use self::asking::Asking;
-use self::copy::{CONFIRM_SECONDS, Copying, enter};
+use self::copy::{CONFIRM_SECONDS, Copying};
 use self::guest::remove_credentials;
-use self::pause::{Pause, now_us};
+use self::pause::Pause;
 use super::destination::LEASE_SECONDS;
 use super::driver::{Side, drive, ended, ticks};
 use super::{refused, remember_outgoing};
@@ -308,40 +309,6 @@ impl Departure {
             return Some(SourceInput::Overdue);
         }
         None
-    }
-
-    async fn persist(&mut self, record: &Ownership) -> SourceInput {
-        let releasing =
-            matches!(record.standing, Standing::Released { .. } | Standing::Serving { .. });
-        let answer = self.write(record, releasing).await;
-        if releasing {
-            // Whether it was written or not: the guest stands still until somebody says whose it is.
-            self.released_at = Some(Instant::now());
-        }
-        answer
-    }
-
-    async fn write(&mut self, record: &Ownership, releasing: bool) -> SourceInput {
-        if releasing {
-            // A test that wants the agent to die or hang here says so; a failure counts as the ledger's.
-            if self.host.failpoints.hit("source.before-release").await.is_err() {
-                return SourceInput::PersistFailed;
-            }
-            enter(&self.report, Phase::Handoff);
-            self.pause.confirmed.get_or_insert_with(now_us);
-        }
-        match self.host.ledger.persist(record).await {
-            Ok(()) => {
-                if releasing {
-                    self.pause.released = Some(now_us());
-                }
-                SourceInput::Persisted
-            }
-            Err(error) => {
-                warn!(migration = %self.id, error = chain(&error), "the ledger could not be written");
-                SourceInput::PersistFailed
-            }
-        }
     }
 
     fn answer_cancels(&mut self, accepted: bool) {

@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use whimbrel_api::agent::{
-    IncomingOffer, IncomingReport, IncomingRequest, KnockConnect, KnockListen, OutgoingEnd,
-    OutgoingReport, OutgoingRequest, Reach, Receive,
+    Handoff, IncomingOffer, IncomingReport, IncomingRequest, KnockConnect, KnockListen,
+    OutgoingEnd, OutgoingReport, OutgoingRequest, Reach, Receive,
 };
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::migration::{MigrateOptions, Stay, Strategy};
 use whimbrel_api::policy::Policy;
 use whimbrel_api::vm::{VmAction, VmState};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Phase, VmId};
-use whimbrel_migration::handoff::Standing;
+use whimbrel_migration::handoff::{Body, Claim, Message, Standing};
 use whimbrel_pki::grant::{Claims, SignedGrant};
 use whimbrel_pki::tls;
 
@@ -399,6 +399,67 @@ fn a_release_that_cannot_be_written_and_nobody_answers_is_told() {
         pair.settle(&one, &pair.b);
         pair.assert_clean(&pair.b, &b);
         pair.move_it(vm, (&pair.a, &a), &pair.b);
+    });
+}
+
+#[test]
+fn a_ledger_that_hangs_at_the_source_is_told_and_waited_for() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        pair.a.faults("stall:copying");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Precopy).await;
+            pair.a.failpoints("ledger.persist=stall");
+            pair.a.faults("");
+            eventually(async || matches!(state(&a.host, vm), VmState::Unknown { .. })).await;
+            let client = pair.client(&pair.a);
+            let report = client.outgoing(one.id).await.unwrap();
+            let ask = pair.a.config.name.clone();
+            assert_eq!(
+                (report.phase, report.end),
+                (Phase::Handoff, OutgoingEnd::Unresolved { ask })
+            );
+            // Neither written nor failed: nobody may end it, and it is not said that it has.
+            let refused = client.cancel_outgoing(one.id).await.unwrap_err();
+            assert_eq!(refused.code, ErrorCode::Busy, "{refused}");
+            pair.a.failpoints("");
+            assert_eq!(pair.end(&one, &pair.a).await, OutgoingEnd::Moved);
+        });
+        pair.assert_runs_on(vm, &b);
+        pair.assert_clean(&pair.a, &a);
+    });
+}
+
+#[test]
+fn a_ledger_that_hangs_at_the_destination_leaves_nobody_waiting() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            let offer = pair.prepare(&one, &pair.a, &pair.b).await.unwrap();
+            let ticket = offer.ticket.clone();
+            pair.b.failpoints("ledger.persist=stall");
+            pair.send(&one, &pair.a, &pair.b, offer).await.unwrap();
+            eventually(async || matches!(state(&a.host, vm), VmState::Unresolved { .. })).await;
+            let client = pair.client(&pair.b);
+            assert_eq!(client.incoming(one.id).await.unwrap(), IncomingReport::Waiting);
+            let claim = Claim { vm, migration: one.id, epoch: one.epoch };
+            let message = Message { claim, body: Body::AskLoaded };
+            let handoff = Handoff { ticket, message, resumed: None };
+            // With the source's own questions more than wait in the queue of the destination's task.
+            for _ in 0..2 {
+                let unanswered = (0..5).map(|_| client.handoff(one.id, &handoff));
+                for answer in futures::future::join_all(unanswered).await {
+                    assert_eq!(answer.unwrap_err().code, ErrorCode::Busy);
+                }
+            }
+            pair.b.failpoints("");
+            assert_eq!(pair.end(&one, &pair.a).await, OutgoingEnd::Moved);
+        });
+        pair.assert_runs_on(vm, &b);
+        pair.assert_clean(&pair.a, &a);
     });
 }
 
