@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup build guest demo bench test lint model
+.PHONY: help setup setup-bench build guest demo bench bench-virsh test lint model
 
 CARGO ?= cargo
 # Namespaces, taps and bridges need root: the demo, and the tests that use them, run through sudo where we are not root.
@@ -13,10 +13,13 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env)
 EVERYTHING := --workspace --all-targets --all-features --locked
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)$$/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 setup: ## install the Debian packages that are missing, fetch a second QEMU and the test guest's kernel
 	@scripts/setup
+
+setup-bench: ## the same, and install libvirt, which the bench measures beside us
+	@scripts/setup bench
 
 build: ## build the release binary, target/release/whimbrel
 	@$(CARGO) build --release --locked --package whimbrel
@@ -27,9 +30,12 @@ guest: ## build the program that is init in the test guest
 demo: setup build guest ## see it work: a VM moves twice between three hosts on this machine
 	@$(SUDO) target/release/whimbrel demo
 
-bench: setup build guest ## measure what a migration costs: a table, and target/bench/figures.json
+bench: setup-bench build guest ## measure what a migration costs, beside virsh too: tables, and JSON in target/bench/
 	@$(CARGO) build --release --locked --package whimbrel-bench
-	@$(SUDO) target/release/whimbrel-bench
+	@$(SUDO) target/release/whimbrel-bench $(ONLY) $(BENCH)
+
+bench-virsh: ONLY := --only virsh
+bench-virsh: bench ## the comparison with virsh alone; BENCH=--quick tries it
 
 test: setup lint guest ## run all checks and tests, those with real QEMU included
 	@export $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(SUDO)"); \

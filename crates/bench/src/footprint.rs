@@ -14,7 +14,7 @@ use crate::stage::{Engine, Guest, Shape, Stage};
 /// The VMs, all on one host.
 const VMS: u8 = 10;
 /// The smallest in which the guest's kernel boots with some room.
-const MEMORY: &str = "128MiB";
+const MEMORY_MIB: u32 = 128;
 /// The daemons are looked at this long after the last VM was ready.
 const IDLE: Duration = Duration::from_secs(5);
 
@@ -38,7 +38,7 @@ pub(crate) fn measure(stage: &Stage, engine: &Engine, binary: &Path) -> Result<F
         let shape = Shape {
             name: format!("small-{number}"),
             number: 10 + number,
-            memory: MEMORY,
+            memory_mib: MEMORY_MIB,
             filled_mib: 1,
             words: "witness.journal=0",
         };

@@ -42,7 +42,7 @@ pub(crate) struct Copy {
 
 /// What the counter said, and when.
 #[derive(Debug, Clone, Copy)]
-struct Look {
+pub(crate) struct Look {
     at_us: u64,
     bytes: u64,
 }
@@ -53,7 +53,7 @@ pub(crate) fn measure(stage: &Stage, engine: &Engine) -> Result<Vec<Copy>> {
     let shape = Shape {
         name: "full".to_owned(),
         number: 1,
-        memory: "1GiB",
+        memory_mib: 1024,
         filled_mib: FILLED_MIB,
         words: FILLED_WITH,
     };
@@ -84,13 +84,11 @@ fn one(stage: &Stage, guest: &Guest<'_>, from: &str, to: &'static str) -> Result
         done.store(true, Ordering::Relaxed);
         (moved, looking.join())
     });
-    let (record, looks) = (moved?.record, looks.ok().context("the counter's thread ended")??);
+    let (moved, looks) = (moved?, looks.ok().context("the counter's thread ended")??);
+    let (began, record) = (moved.copying_us()?, moved.record);
     let downtime = record.downtime.context("the record tells no downtime")?;
     let progress = record.progress.context("the record has no figures of QEMU")?;
     let stopped = downtime.stopped_at_us.context("QEMU's STOP event was missed")?;
-    let setup_us = progress.engine_setup_ms.unwrap_or(0) * 1_000;
-    let began = (stopped + downtime.stop_to_completed_us + setup_us)
-        .saturating_sub(progress.engine_total_ms * 1_000);
     let (seconds, wire_bytes) = between(&looks, began, stopped)?;
     Ok(Copy {
         to,
@@ -105,14 +103,14 @@ fn one(stage: &Stage, guest: &Guest<'_>, from: &str, to: &'static str) -> Result
 
 /// The seconds and bytes from `began` to the last look before `ended`. Nearly nothing passes before `began`, so the last
 /// look before it tells the count at it.
-fn between(looks: &[Look], began: u64, ended: u64) -> Result<(f64, u64)> {
+pub(crate) fn between(looks: &[Look], began: u64, ended: u64) -> Result<(f64, u64)> {
     let before = |at: u64| looks.iter().rev().find(|look| look.at_us <= at);
     let (first, last) = before(began).zip(before(ended)).context("the counter was not read")?;
     ensure!(last.at_us > began, "the copy was too short to be measured");
     Ok(((last.at_us - began) as f64 / 1e6, last.bytes - first.bytes))
 }
 
-fn watch(lab: &Lab, host: &str, done: &AtomicBool) -> Result<Vec<Look>> {
+pub(crate) fn watch(lab: &Lab, host: &str, done: &AtomicBool) -> Result<Vec<Look>> {
     let mut looks = Vec::new();
     while !done.load(Ordering::Relaxed) {
         let bytes = sent_bytes(lab, host)?;

@@ -37,4 +37,10 @@ impl Machine {
             load: load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or_default(),
         }
     }
+    /// One line for people.
+    pub(crate) fn words(&self) -> String {
+        let Self { processor, processors, kernel, load, .. } = self;
+        let began = self.began.strftime("%Y-%m-%d %H:%M:%SZ");
+        format!("{processors} × {processor}, Linux {kernel}, load {load} at the beginning, {began}")
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::process::Stdio;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,14 +10,17 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use whimbrel_api::migration::{Migration, MigrationState};
 use whimbrel_api::vm::Vm;
-use whimbrel_lab::{Lab, guest_address, vm_definition};
+use whimbrel_lab::report::Report;
+use whimbrel_lab::{Lab, PREFIX, guest_address, vm_definition};
 
-use crate::say;
 use crate::stop::Stop;
+use crate::{bounded, say};
 
 /// How long a guest may take, from its start until its memory is filled.
 const BOOT_MAX: Duration = Duration::from_secs(180);
 const BOOT_POLL: Duration = Duration::from_millis(100);
+/// How long a migration may take that nobody expects to be slow.
+const MIGRATE_MAX: Duration = Duration::from_secs(300);
 
 /// A QEMU, what its guests are pinned to, and the two hosts that have it.
 #[derive(Debug)]
@@ -35,12 +38,23 @@ pub(crate) struct Shape {
     pub(crate) name: String,
     /// Sets its address apart from other guests'.
     pub(crate) number: u8,
-    /// Its memory, as in a definition.
-    pub(crate) memory: &'static str,
+    pub(crate) memory_mib: u32,
     /// How much of it the witness fills.
     pub(crate) filled_mib: u32,
     /// More words for the witness.
     pub(crate) words: &'static str,
+}
+
+impl Shape {
+    /// What the guest's kernel is told. The witness verifies when it is asked to, and not besides.
+    pub(crate) fn kernel_words(&self) -> String {
+        let Self { number, filled_mib, words, .. } = self;
+        let (address, seed) = (guest_address(*number), u32::from(*number) + 1);
+        let witness = format!(
+            "witness.ip={address}/{PREFIX} witness.seed={seed} witness.memory={filled_mib}"
+        );
+        format!("console=ttyS0 quiet {witness} witness.verify=0 {words}").trim_end().to_owned()
+    }
 }
 
 /// A lab, taken down when it is dropped.
@@ -69,6 +83,19 @@ pub(crate) struct Moved {
     pub(crate) record: Migration,
 }
 
+impl Moved {
+    /// When QEMU began to copy memory: the end of its setup, in microseconds since 1970.
+    pub(crate) fn copying_us(&self) -> Result<u64> {
+        let downtime = self.record.downtime.context("the record tells no downtime")?;
+        let progress =
+            self.record.progress.as_ref().context("the record has no figures of QEMU")?;
+        let stopped = downtime.stopped_at_us.context("QEMU's STOP event was missed")?;
+        let setup_us = progress.engine_setup_ms.unwrap_or(0) * 1_000;
+        let completed = stopped + downtime.stop_to_completed_us;
+        Ok((completed + setup_us).saturating_sub(progress.engine_total_ms * 1_000))
+    }
+}
+
 impl Stage {
     pub(crate) fn new(lab: Lab, stop: Stop) -> Self {
         Self { lab, stop }
@@ -76,6 +103,33 @@ impl Stage {
 
     pub(crate) fn lab(&self) -> &Lab {
         &self.lab
+    }
+
+    pub(crate) fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
+    /// Returns when the witness at an address answers and has filled its guest's memory.
+    pub(crate) fn wait_filled(&self, address: Ipv4Addr) -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let status = self.lab.witness(address).and_then(|mut witness| witness.status());
+            if status.is_ok_and(|report| report.memory.filled_pages == report.memory.pages) {
+                return Ok(());
+            }
+            ensure!(began.elapsed() < BOOT_MAX, "{address} is not ready after {BOOT_MAX:?}");
+            self.pause(BOOT_POLL)?;
+        }
+    }
+
+    /// Lets a guest's witness verify all memory, the whole journal and the clocks.
+    pub(crate) fn verify(&self, address: Ipv4Addr) -> Result<Report> {
+        let report = self.lab.witness(address)?.verify()?;
+        if report.healthy && report.mismatches() == 0 {
+            return Ok(report);
+        }
+        let errors = report.errors.join("; ");
+        bail!("the guest found {} mismatches after a move; {errors}", report.mismatches())
     }
 
     /// Waits, unless somebody wants to stop.
@@ -89,18 +143,28 @@ impl Stage {
     }
 
     /// Runs `whimbrel` as the pool's operator, and returns what it prints.
-    fn whimbrel(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn whimbrel(&self, args: &[&str]) -> Result<String> {
         Ok(self.lab.whimbrel(args)?)
+    }
+
+    /// The bridge of the VMs' network, the same on every host.
+    pub(crate) fn bridge(&self) -> Result<String> {
+        let text = self.whimbrel(&["network", "list", "--json"])?;
+        let of =
+            |line| serde_json::from_str::<Value>(line).ok()?["bridge"].as_str().map(str::to_owned);
+        text.lines().find_map(of).context("the lab has no network")
     }
 
     /// Defines a guest on a host and starts it; [`Guest::wait_filled`] says when it is ready.
     pub(crate) fn start(&self, shape: &Shape, engine: &Engine, host: &str) -> Result<Guest<'_>> {
         say(&format!("starting {} on {host}, QEMU {}", shape.name, engine.version));
         let mut definition = vm_definition(&shape.name, shape.number, shape.filled_mib);
+        let usual_words = definition.lines().find(|line| line.starts_with("cmdline = "));
+        let usual_words = usual_words.context("the lab's usual guest has no cmdline")?.to_owned();
         for (usual, ours) in [
             ("vcpus = 1", format!("vcpus = 1\nmachine = \"{}\"", engine.machine)),
-            ("\"1GiB\"", format!("\"{}\"", shape.memory)),
-            (" witness.memory=", format!(" witness.verify=0 {} witness.memory=", shape.words)),
+            ("\"1GiB\"", format!("\"{}MiB\"", shape.memory_mib)),
+            (&usual_words, format!("cmdline = \"{}\"", shape.kernel_words())),
         ] {
             ensure!(definition.contains(usual), "the lab's usual guest has no {usual}");
             definition = definition.replace(usual, &ours);
@@ -126,15 +190,7 @@ impl Drop for Stage {
 impl Guest<'_> {
     /// Returns when the guest answers and has filled its memory.
     pub(crate) fn wait_filled(&self) -> Result<()> {
-        let began = Instant::now();
-        loop {
-            let status = self.stage.lab.witness(self.address).and_then(|mut w| w.status());
-            if status.is_ok_and(|report| report.memory.filled_pages == report.memory.pages) {
-                return Ok(());
-            }
-            ensure!(began.elapsed() < BOOT_MAX, "{} is not ready after {BOOT_MAX:?}", self.name);
-            self.stage.pause(BOOT_POLL)?;
-        }
+        self.stage.wait_filled(self.address)
     }
 
     /// What the pool says of it.
@@ -145,35 +201,51 @@ impl Guest<'_> {
 
     /// Moves it, as a user would.
     pub(crate) fn migrate(&self, to: &str) -> Result<Moved> {
+        let moved = self.migrate_within(to, &[], MIGRATE_MAX)?;
+        moved.with_context(|| format!("{} did not move to {to} within {MIGRATE_MAX:?}", self.name))
+    }
+
+    /// Moves it with more words for `whimbrel migrate`, at most for a time; none if it is still where it was then.
+    pub(crate) fn migrate_within(
+        &self,
+        to: &str,
+        options: &[&str],
+        within: Duration,
+    ) -> Result<Option<Moved>> {
         self.stage.stop.check()?;
-        let mut command = self.stage.lab.operator_command(&["migrate", &self.name, to, "--json"]);
-        command.stdin(Stdio::null());
-        let spawned_us = now_us();
-        let output = command.output().context("cannot start whimbrel")?;
-        let ended_us = now_us();
-        self.stage.stop.check()?;
-        let lines = String::from_utf8_lossy(&output.stdout);
+        let words = [&["migrate", &self.name, to, "--json"], options].concat();
+        let mut command = self.stage.lab.operator_command(&words);
+        let start = |command: &mut Command| command.spawn().context("cannot start whimbrel");
+        let ran = bounded::run(&mut command, start, within, &self.stage.stop, bounded::interrupt)?;
+        let lines = String::from_utf8_lossy(&ran.output.stdout);
         let last = lines.lines().last().unwrap_or_default();
         let end: Value = serde_json::from_str(last).unwrap_or_default();
-        let Some(id) = end["migration"].as_str().filter(|_| output.status.success()) else {
-            let said = String::from_utf8_lossy(&output.stderr);
-            bail!("{} did not move to {to}: {} {last}", self.name, said.trim());
+        if ran.late && end["outcome"] == "stayed" {
+            return Ok(None);
+        }
+        let Some(id) = end["migration"].as_str().filter(|_| ran.output.status.success()) else {
+            bail!("{} did not move to {to}: {} {last}", self.name, ran.words());
         };
         let text = self.stage.whimbrel(&["migration", "show", id, "--json"])?;
         let record: Migration =
             serde_json::from_str(&text).context("cannot read what `migration show` says")?;
         ensure!(record.state == MigrationState::Moved, "{id} did not move the guest: {text}");
-        Ok(Moved { spawned_us, ended_us, record })
+        Ok(Some(Moved { spawned_us: ran.spawned_us, ended_us: ran.ended_us, record }))
+    }
+
+    /// Lets it stand still.
+    pub(crate) fn rest(&self) -> Result<()> {
+        self.stage.whimbrel(&["vm", "pause", &self.name]).map(drop)
+    }
+
+    /// Lets it run again.
+    pub(crate) fn wake(&self) -> Result<()> {
+        self.stage.whimbrel(&["vm", "resume", &self.name]).map(drop)
     }
 
     /// Lets the witness verify all memory, the whole journal and the clocks.
     pub(crate) fn verify(&self) -> Result<()> {
-        let report = self.stage.lab.witness(self.address)?.verify()?;
-        if report.healthy && report.mismatches() == 0 {
-            return Ok(());
-        }
-        let errors = report.errors.join("; ");
-        bail!("the guest found {} mismatches after a move; {errors}", report.mismatches())
+        self.stage.verify(self.address).map(drop)
     }
 
     /// Ends it and deletes it.
