@@ -158,6 +158,9 @@ pub struct EngineCosts {
     pub postcopy_fault_us: f64,
     /// The pause aimed at first, in milliseconds; doubled after each further pass.
     pub first_aim_ms: f64,
+    /// How long after a bitmap QEMU fetches the next one while throttling is switched on, also in the middle
+    /// of a pass, in milliseconds; 0 where it waits for the end of the pass (before 9.2).
+    pub throttle_sync_ms: f64,
     /// How often the passes are looked at to lengthen that aim, in milliseconds.
     pub look_ms: f64,
 }
@@ -183,6 +186,7 @@ impl Default for EngineCosts {
             postcopy_switchover_extra_ms: 15.0,
             postcopy_fault_us: 300.0,
             first_aim_ms: 1.0,
+            throttle_sync_ms: 5_000.0,
             look_ms: 200.0,
         }
     }

@@ -5,7 +5,8 @@
 //! fetch the bitmap of what was dirtied meanwhile. If the sum still fits, the guest is stopped; if not,
 //! the next pass has begun. Who drives it lets it aim at a short pause first, and doubles that whenever a
 //! further pass has begun. With auto-converge the guest is slowed down at every second bitmap, not more
-//! often than every [`THROTTLE_PERIOD_MS`], that has more than half of what was sent since the last one.
+//! often than every [`THROTTLE_PERIOD_MS`], that has more than half of what was sent since the last one;
+//! from 9.2 on bitmaps are fetched for that in the middle of a pass too, once the first one is over.
 
 use super::dirtying::DirtyCurve;
 use super::facts::EngineCosts;
@@ -23,9 +24,9 @@ const THROTTLE_HIGH_PERIODS: u32 = 2;
 /// Passes without progress, nothing else being left to change, after which there will be none.
 const STALLED_PASSES: u32 = 8;
 /// What counts as progress: the rest is smaller than this share of the smallest so far.
-const PROGRESS_SHARE: f64 = 0.999;
-/// Most passes that are gone through.
-const PASSES_MAX: u32 = 20_000;
+const PROGRESS_SHARE: f64 = 0.999_99;
+/// Most passes that are gone through: a copy that needs more does not end for anybody who waits for it.
+const PASSES_MAX: u32 = 5_000;
 const NS_PER_MS: f64 = 1e6;
 
 /// What there is to be copied, and how.
@@ -161,7 +162,12 @@ impl State {
         };
         let stretch_bytes = STRETCH_MS * NS_PER_MS / ns_per_byte;
         let above_bytes = self.rest_bytes - self.fits_bytes(course, strategy);
-        let stretches = (above_bytes / stretch_bytes).ceil().max(1.0);
+        let mut stretches = (above_bytes / stretch_bytes).ceil();
+        let sync_ms = course.costs.throttle_sync_ms;
+        if self.first_pass_ms.is_some() && strategy.throttle.is_some() && sync_ms > 0.0 {
+            stretches = stretches.min((sync_ms / STRETCH_MS).ceil());
+        }
+        let stretches = stretches.max(1.0);
         let sent_bytes = (stretches * stretch_bytes).min(self.rest_bytes);
         self.rest_bytes -= sent_bytes;
         self.ms += sent_bytes * ns_per_byte / NS_PER_MS;

@@ -29,6 +29,7 @@ fn free() -> EngineCosts {
         postcopy_switchover_extra_ms: 0.0,
         postcopy_fault_us: 0.0,
         first_aim_ms: 1.0,
+        throttle_sync_ms: 0.0,
         look_ms: 200.0,
     }
 }
@@ -163,6 +164,20 @@ fn throttling_slows_a_busy_guest_until_it_fits_and_does_nothing_to_an_idle_one()
     let idle = forecast(&facts, &free(), &throttled);
     assert!(idle.throttle_percent >= 65.0, "{}", idle.throttle_percent);
     assert!(idle.total_ms.unwrap() > busy.total_ms.unwrap());
+}
+
+#[test]
+fn bitmaps_in_the_middle_of_a_pass_bring_the_throttle_on_sooner() {
+    let strategy = Strategy { throttle: Some(ThrottleSetting::STANDARD), ..plain() };
+    let facts = writing(200.0, 1_000.0);
+    let old = forecast(&facts, &free(), &strategy);
+    let costs = EngineCosts { throttle_sync_ms: 5_000.0, ..free() };
+    let new = forecast(&facts, &costs, &strategy);
+    // Two bitmaps a step: at 60 % after 10.7 s and 9 times 5 s, where the end is in sight; it would be after 10
+    // passes of 10 s each.
+    let (old_ms, new_ms) = (old.total_ms.unwrap(), new.total_ms.unwrap());
+    assert!((56_000.0..90_000.0).contains(&new_ms), "{new_ms}");
+    assert!((100_000.0..150_000.0).contains(&old_ms), "{old_ms}");
 }
 
 #[test]

@@ -11,9 +11,13 @@ use crate::forecast::dirtying::DirtyCurve;
 use crate::forecast::facts::Measurements;
 use crate::forecast::{Convergence, Forecast, forecast};
 use crate::options::{CompressionMethod, Mode, limits};
+use crate::preflight::EngineVersion;
 use crate::preflight::combinations::multifd_with_postcopy;
 
 const DEFAULT_LEVEL: u8 = 1;
+/// From this QEMU on the throttle does not wait for the end of a pass. Nothing in QEMU's description of
+/// itself tells, and nothing but the forecast depends on it.
+const THROTTLE_SYNC_FROM: EngineVersion = EngineVersion { major: 9, minor: 2, micro: 0 };
 
 /// Chooses how a VM goes that is running or paused, and says why.
 #[must_use]
@@ -51,8 +55,12 @@ impl<'a> Climb<'a> {
     }
 
     fn candidate(&self, strategy: Strategy) -> Candidate {
-        let Situation { facts, costs, .. } = self.situation;
-        Candidate { forecast: forecast(facts, costs, &strategy), strategy }
+        let Situation { facts, source, .. } = self.situation;
+        let mut costs = *self.situation.costs;
+        if source.version < THROTTLE_SYNC_FROM {
+            costs.throttle_sync_ms = 0.0;
+        }
+        Candidate { forecast: forecast(facts, &costs, &strategy), strategy }
     }
 
     /// What the user has said, on a single stream.
