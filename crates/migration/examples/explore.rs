@@ -1,9 +1,10 @@
 //! Explores the handoff further than the test does, and shows what was explored and which
 //! invariant caught each planted bug.
 //!
-//! `cargo run -p whimbrel-migration --release --example explore [TRIES [FAULTS]]`: how many
-//! migrations and how many faults happen in a run; by default 2 and 2, in both orders in which a
-//! driver may carry out what follows from an answer.
+//! `cargo run -p whimbrel-migration --release --example explore [TRIES [FAULTS [COPIES]]]`: how many
+//! migrations and how many faults happen in a run, and whether guests are sent by `precopy` or
+//! `postcopy`. By default 2 and 2 by pre-copy, in both orders in which a driver may carry out what
+//! follows from an answer; then 2 and 1 by post-copy.
 #![allow(clippy::print_stdout, dead_code, unreachable_pub, missing_docs)] // a command for people
 
 #[path = "../tests/checker/mod.rs"]
@@ -12,17 +13,22 @@ mod checker;
 use std::time::Instant;
 
 use checker::bugs::Bug;
-use checker::{ALL_BUGS, Handoff};
+use checker::{ALL_BUGS, Copies, Handoff};
 use stateright::{Checker, HasDiscoveries, Model};
 
 fn main() {
-    let mut numbers = std::env::args().skip(1).map(|text| text.parse::<u8>());
-    let mut sound = match (numbers.next(), numbers.next()) {
-        (None, _) => explore(2, 2, true) & explore(2, 2, false),
-        (Some(Ok(tries)), None) => explore(tries, 1, true),
-        (Some(Ok(tries)), Some(Ok(faults))) => explore(tries, faults, true),
-        _ => {
-            println!("usage: explore [TRIES [FAULTS]]");
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut sound = match asked(&words) {
+        _ if words.is_empty() => {
+            let last = Handoff { answers_first: false, ..Handoff::new(2, 2, None) };
+            explore(Handoff::new(2, 2, None))
+                & explore(last)
+                & explore(Handoff::postcopy(2, 1, None))
+        }
+        Some(model) => explore(model),
+        None => {
+            println!("usage: explore [TRIES [FAULTS [precopy|postcopy]]]");
             false
         }
     };
@@ -32,13 +38,28 @@ fn main() {
     std::process::exit(i32::from(!sound));
 }
 
-fn explore(tries: u8, faults: u8, answers_first: bool) -> bool {
+fn asked(words: &[&str]) -> Option<Handoff> {
+    let (tries, faults, copies) = match *words {
+        [tries] => (tries, "1", "precopy"),
+        [tries, faults] => (tries, faults, "precopy"),
+        [tries, faults, copies] => (tries, faults, copies),
+        _ => return None,
+    };
+    let copies = match copies {
+        "precopy" => Copies::Precopy,
+        "postcopy" => Copies::Postcopy,
+        _ => return None,
+    };
+    Some(Handoff { copies, ..Handoff::new(tries.parse().ok()?, faults.parse().ok()?, None) })
+}
+
+fn explore(model: Handoff) -> bool {
     let begun = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let model = Handoff { answers_first, ..Handoff::new(usize::from(tries), faults, None) };
+    let Handoff { tries, faults, answers_first, copies, .. } = model;
     let checker = model.checker().threads(threads).spawn_bfs().join();
     println!(
-        "{tries} migrations, {faults} faults, answers {}: {} states, {} unique, depth {}, {:.1} s",
+        "{tries} migrations by {copies:?}, {faults} faults, answers {}: {} states, {} unique, depth {}, {:.1} s",
         if answers_first { "first" } else { "last" },
         checker.state_count(),
         checker.unique_state_count(),
@@ -52,7 +73,9 @@ fn explore(tries: u8, faults: u8, answers_first: bool) -> bool {
         let ok = found.is_some() != failure;
         println!("  {} {}", if ok { "holds" } else { "FAILS" }, property.name);
         if let (false, Some(path)) = (ok, found) {
-            println!("{:#?}", path.into_actions());
+            for event in path.into_actions() {
+                println!("    {event:?}");
+            }
         }
         sound &= ok;
     }
@@ -61,9 +84,9 @@ fn explore(tries: u8, faults: u8, answers_first: bool) -> bool {
 
 fn catch(bug: Bug) -> bool {
     let wanted = bug.caught_by();
-    let (tries, faults) = bug.bounds();
     let begun = Instant::now();
-    let checker = Handoff::new(tries, faults, Some(bug))
+    let checker = bug
+        .model()
         .checker()
         .finish_when(HasDiscoveries::AnyOf([wanted].into()))
         .spawn_bfs()

@@ -24,11 +24,21 @@ fn no_invariant_fails_when_answers_come_last() {
 }
 
 #[test]
+fn no_invariant_fails_in_post_copy() {
+    for (tries, faults, answers_first) in [(2, 0, true), (1, 1, true), (1, 1, false)] {
+        let model = Handoff { answers_first, ..Handoff::postcopy(tries, faults, None) };
+        let checker = model.checker().threads(THREADS).spawn_bfs().join();
+        checker.assert_properties();
+        assert!(checker.unique_state_count() > 30_000, "the model has shrunk to nothing");
+    }
+}
+
+#[test]
 fn every_planted_bug_is_caught_by_its_invariant() {
     for bug in ALL_BUGS {
         let wanted = bug.caught_by();
-        let (tries, faults) = bug.bounds();
-        let checker = Handoff::new(tries, faults, Some(*bug))
+        let checker = bug
+            .model()
             .checker()
             .threads(THREADS)
             .finish_when(HasDiscoveries::AnyOf([wanted].into()))

@@ -49,6 +49,8 @@ pub struct Destination {
     intent: Intent,
     /// The destination's QEMU has ended.
     gone: bool,
+    /// `Expected` is on our disk: this migration can not be offered here a second time.
+    expected: bool,
     /// `Owned` may be on our disk: a refusal must then be durable to be true.
     maybe_owned: bool,
     /// Part of the memory is still with the source's QEMU.
@@ -121,7 +123,8 @@ impl Destination {
 
     fn new(claim: Claim, from: Name, state: State) -> Self {
         let intent = Intent::Pause;
-        Self { claim, from, intent, gone: false, maybe_owned: false, lacks: false, state }
+        let (gone, expected, maybe_owned, lacks) = (false, false, false, false);
+        Self { claim, from, intent, gone, expected, maybe_owned, lacks, state }
     }
 
     /// Rebuilds the destination of an open migration after a restart of its agent.
@@ -142,6 +145,7 @@ impl Destination {
     }
 
     fn go_on_expected(mut self, observed: Observed) -> (Self, Vec<Action>) {
+        self.expected = true;
         let actions = match observed {
             // One try, one QEMU: it is never started a second time.
             Observed::Gone => {
@@ -256,6 +260,7 @@ impl Destination {
     fn persisted(&mut self) -> Vec<Action> {
         match &mut self.state {
             State::Recording => {
+                self.expected = true;
                 self.state = State::Preparing;
                 vec![Action::StartTarget]
             }
@@ -282,7 +287,8 @@ impl Destination {
     fn persist_failed(&mut self) -> Vec<Action> {
         match self.state {
             State::Recording => {
-                // Nothing has been started.
+                // Nothing has been started. A word of that would be no refusal: without a record
+                // this migration could be offered here again.
                 self.gone = true;
                 self.refuse(LEDGER_FAILED)
             }
@@ -430,9 +436,9 @@ impl Destination {
     }
 
     /// Tells the source, once the refusal is true for ever: it is durable, or the only QEMU that
-    /// could have run the guest is dead and no record says `Owned`.
+    /// could ever have run the guest is dead and no record says `Owned`.
     fn tell_refusal(&mut self) -> Vec<Action> {
-        let killed = self.gone && !self.maybe_owned;
+        let killed = self.gone && self.expected && !self.maybe_owned;
         let State::Refusing { durable, told, why } = &mut self.state else { return Vec::new() };
         if *told || !(*durable || killed) {
             return Vec::new();

@@ -65,7 +65,8 @@
 //! `-S` on B nothing runs anywhere between A's stop and B's `cont`, so the release can wait until B
 //! holds the state. Until then A owns a guest whose memory is whole, and a cancel, a state that B
 //! cannot load and a B that dies all end at A. A release before the switchover would make each of
-//! them a VM that was given to a host that never held it.
+//! them a VM that was given to a host that never held it. (QEMU may not let A use that memory, see
+//! `StopCopy`; then the VM has crashed on A, which is no worse.)
 //!
 //! - From `Owned` until A's `Completed` or B's `Fetched` **nobody ends either QEMU**: not a cancel, a
 //!   lease, a restart or a sweep. The records say so: `Serving` and `Fetching`.
@@ -82,7 +83,8 @@
 //! Once `Released` may be on its disk, A does not run the guest again unless B has refused: it
 //! sends GO again at every `Tick`. B answers `Owned`, or `Refused`, which is true for ever because
 //! it is durable or because B's loaded QEMU was killed before it ever ran and before `Owned` was
-//! ever written. Then A takes epoch 6 and resumes. If B stays silent the VM stands still and the
+//! ever written. (A B whose `Expected` may not be on its disk says nothing before a record is: the
+//! same migration could be offered there again.) Then A takes epoch 6 and resumes. If B stays silent the VM stands still and the
 //! driver's `Overdue` raises it to the operator. A migration that ends before the release also
 //! burns its epoch (A goes from 4 to 6). One that ends before A has heard of it burns its epoch at B
 //! alone: the next one must come with a later epoch, which A takes though it skips some. So an epoch
@@ -158,7 +160,7 @@
 //! | `Persist(record)` | writes the record under the key (vm, migration), replacing that key's older one, and fsyncs | `Persisted` or `PersistFailed` |
 //! | `Send(message)` | sends it to the peer by any path; does not wait, does not care | – |
 //! | `BeginCopy` (A) | starts QEMU's migration; reports `Completed` when QEMU says `completed` **and** `query-status` says `postmigrate` and all mirror jobs are concluded without error; with post-copy `StateSent` before that (see below); any failure or deadline is `Fail` | – |
-//! | `StopCopy` (A) | cancels QEMU's migration if one is active and waits for its end; no-op otherwise | – |
+//! | `StopCopy` (A, or the owner after a restart) | cancels QEMU's migration if one is active and waits for its end; no-op otherwise. A post-copy needs more than a cancel, see below | – |
 //! | `ResumeGuest` (A, or the owner after a restart, B included while it fetches) | `cont` unless the guest runs already; tries again until it works or QEMU is gone, and tells the operator meanwhile | – |
 //! | `QuitSource` (A) | ends the source's QEMU, quit then kill; disks stay | – |
 //! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`, after any older one of this VM is gone; reports `Loaded` when the incoming migration is `completed` and the guest stopped, with post-copy `StateLoaded` before that (see below); any failure is `Abandon` | – |
@@ -182,6 +184,12 @@
 //!   the release.
 //! - `StateLoaded`: QEMU is `postcopy-active` before it has loaded the state, and takes a `cont` then
 //!   for a wish. The run state tells: `paused`, and no longer `inmigrate`.
+//!
+//! And it owes one act. After `migrate-continue` A's memory is whole, and yet QEMU does not run its
+//! guest ("Migration is not finalized yet") until the post-copy is over: 10.0 cancels none; 7.2 does
+//! while it is `postcopy-active`, and stays `cancelling` for ever once it is `postcopy-paused`. What
+//! ends it on both is `completed`. So `StopCopy` lets the rest be sent, as long as B's QEMU, which
+//! stands still, takes it; a guest whose QEMU cannot be brought to an end has crashed here.
 //!
 //! After `Owned` A's driver gives `Completed` when its QEMU says so, `StreamLost` when that says
 //! `failed` or `cancelled`; B's gives `Loaded` when its QEMU says `completed`. A restarted driver
@@ -336,9 +344,14 @@ pub fn recover(record: &Ownership, observed: Observed) -> (Recovered, Vec<Action
             }
         }
         Standing::Owned => {
-            let stopped = observed == Observed::Stopped && record.intent == Intent::Run;
-            let actions =
-                if stopped { vec![Action::ResumeGuest, Action::Announce] } else { Vec::new() };
+            let mut actions = Vec::new();
+            if observed == Observed::Stopped && record.migration.is_some() {
+                // A source that stayed may not have got so far: QEMU would not let the guest run.
+                actions.push(Action::StopCopy);
+            }
+            if observed == Observed::Stopped && record.intent == Intent::Run {
+                actions.extend([Action::ResumeGuest, Action::Announce]);
+            }
             (Recovered::Owner, actions)
         }
         Standing::Gone { .. } => (Recovered::Bystander, unless_gone(observed, Action::QuitSource)),

@@ -180,6 +180,7 @@ impl Source {
             self.state,
             State::Releasing
                 | State::InDoubt { .. }
+                | State::Retracting
                 | State::Reclaiming
                 | State::Serving { .. }
                 | State::Retiring

@@ -177,6 +177,7 @@ fn a_failed_release_waits_for_a_newer_record_or_a_refusal() {
     let mut source = releasing();
     assert_eq!(source.step(SourceInput::Persisted)[0], Action::ResumeGuest);
     let mut source = releasing();
+    assert_eq!(source.step(SourceInput::Cancel), [Action::RefuseCancel], "it may be written");
     assert_eq!(source.step(SourceInput::PersistFailed), []);
     assert_eq!(source.step(SourceInput::Overdue), [Action::RaiseUnresolved]);
     assert_eq!(source.step(source_message(&source, Body::Refused))[0], Action::ResumeGuest);
@@ -258,6 +259,17 @@ fn a_guest_that_cannot_be_started_goes_back_and_one_that_died_does_not() {
 
     let mut destination = starting();
     assert_eq!(bodies(&destination.step(DestinationInput::QemuGone)), [Body::Owned]);
+}
+
+#[test]
+fn a_destination_without_a_record_refuses_nothing_before_it_has_one() {
+    let (_, claim) = claim();
+    let (mut it, _) = Destination::offer(None, false, claim, name("host-a")).unwrap();
+    let actions = it.step(DestinationInput::PersistFailed);
+    assert_eq!(bodies(&actions), [], "the same migration could be offered here again");
+    assert_eq!(it.step(DestinationInput::PersistFailed), []);
+    assert!(persisted(&it.step(DestinationInput::Tick)).is_some());
+    assert_eq!(bodies(&it.step(DestinationInput::Persisted)), [Body::Refused]);
 }
 
 #[test]
@@ -435,7 +447,10 @@ fn recovery_runs_the_guest_only_where_the_ledger_says() {
         assert_eq!(released.1.len(), 1);
     }
     assert_eq!(first(Standing::Leaving { to: peer() }, Observed::Stopped), Some(Action::StopCopy));
-    assert_eq!(first(Standing::Owned, Observed::Stopped), Some(Action::ResumeGuest));
+    let owned = recover(&Ownership::of(claim, Intent::Run, Standing::Owned), Observed::Stopped);
+    assert_eq!(owned.1, [Action::StopCopy, Action::ResumeGuest, Action::Announce]);
+    let created = Ownership::created(claim.vm, Intent::Run);
+    assert_eq!(recover(&created, Observed::Stopped).1[0], Action::ResumeGuest);
     assert_eq!(first(Standing::Owned, Observed::Running), None);
     assert_eq!(first(Standing::Gone { to: peer() }, Observed::Stopped), Some(Action::QuitSource));
     assert_eq!(

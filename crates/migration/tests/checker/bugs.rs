@@ -6,12 +6,13 @@ use whimbrel_migration::handoff::{
 };
 use whimbrel_migration::names::MigrationId;
 
-use super::events::Handoff;
+use super::events::{Copies, Handoff};
 use super::invariants as i;
-use super::world::{Host, Input, Machine, World, other};
+use super::world::{Host, Input, Machine, World, is_released, is_taken, other};
 
 macro_rules! bugs {
-    ($($(#[doc = $what:literal])+ $bug:ident => ($invariant:expr, $tries:literal, $faults:literal),)*) => {
+    ($($(#[doc = $what:literal])+
+       $bug:ident => ($invariant:expr, $tries:literal, $faults:literal $(, $copies:ident)?),)*) => {
         /// The rules that can be removed.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Bug {
@@ -29,10 +30,13 @@ macro_rules! bugs {
                 }
             }
 
-            /// The bounds in which it shows: (migrations, faults).
-            pub(crate) const fn bounds(self) -> (usize, u8) {
+            /// The code without the rule, in the bounds in which that shows.
+            pub(crate) fn model(self) -> Handoff {
                 match self {
-                    $(Self::$bug => ($tries, $faults),)*
+                    $(Self::$bug => {
+                        let [.., copies] = [Copies::Precopy $(, Copies::$copies)?];
+                        Handoff { copies, ..Handoff::new($tries, $faults, Some(self)) }
+                    })*
                 }
             }
 
@@ -103,10 +107,35 @@ bugs! {
     TargetLeftBehind => (i::ENDS_WELL, 1, 0),
     /// The ledger keeps one row for each VM: what became of older migrations is forgotten.
     LedgerKeepsOneRow => (i::TRUTHFUL, 2, 0),
-}
 
-const fn is_released(record: &Ownership) -> bool {
-    matches!(record.standing, Standing::Released { .. })
+    /// Post-copy: the source releases without knowing that the destination holds the state.
+    PostcopyBeforeLoaded => (i::GO_GATE, 1, 0, Postcopy),
+    /// Post-copy: the source's QEMU is ended once the VM has arrived, not once its memory has.
+    QuitAtOwned => (i::POSTCOPY_BOTH, 1, 0, Postcopy),
+    /// Post-copy: the source's record does not say that its QEMU is still needed.
+    ServingNotWritten => (i::POSTCOPY_BOTH, 1, 1, Postcopy),
+    /// Post-copy: a restarted source ends a QEMU that is still needed.
+    RecoveryQuitsServing => (i::POSTCOPY_BOTH, 1, 1, Postcopy),
+    /// Post-copy: a source that serves resumes its guest when the destination is silent.
+    ResumesWhileServing => (i::AT_MOST_ONE, 1, 0, Postcopy),
+    /// Post-copy: a source that serves accepts a cancel.
+    CancelWhileServing => (i::CANCEL, 1, 0, Postcopy),
+    /// Post-copy: the destination's record does not say that memory is still to come.
+    FetchingNotWritten => (i::POSTCOPY_BOTH, 1, 1, Postcopy),
+    /// Post-copy: the destination needs nothing more as soon as its guest runs.
+    FetchedTooSoon => (i::POSTCOPY_BOTH, 1, 0, Postcopy),
+    /// Post-copy: a lease that ends makes the destination give up a guest that it runs.
+    LeaseEndsFetching => (i::POSTCOPY_BOTH, 1, 0, Postcopy),
+    /// Post-copy: a guest is sent on while its memory is still to come.
+    MovedOnWhileFetching => (i::ONE_MIGRATION, 2, 0, Postcopy),
+    /// Post-copy: a stream that was cut is taken for memory that is lost.
+    CutTakenForLoss => (i::POSTCOPY_BOTH, 1, 1, Postcopy),
+    /// Post-copy: that nobody can send the rest is not told to the destination.
+    LossNotTold => (i::ENDS_WELL, 1, 1, Postcopy),
+    /// Post-copy: a guest whose memory is lost is left waiting for it.
+    StarvedLeftWaiting => (i::ENDS_WELL, 1, 1, Postcopy),
+    /// Post-copy: a refused source resumes without telling QEMU that the post-copy is over.
+    RefusedKeepsSending => (i::ENDS_WELL, 1, 0, Postcopy),
 }
 
 fn position(actions: &[Action], wanted: impl Fn(&Action) -> bool) -> Option<usize> {
@@ -176,6 +205,9 @@ impl Handoff {
             Some(Bug::RecoveryResumesReleased) if is_released(record) => {
                 actions.push(Action::ResumeGuest);
             }
+            Some(Bug::RecoveryQuitsServing) if is_released(record) => {
+                actions.push(Action::QuitSource);
+            }
             Some(Bug::RecoveryForgetsGuest) => actions.retain(|a| *a != Action::ResumeGuest),
             _ => {}
         }
@@ -216,12 +248,26 @@ impl Handoff {
         }
     }
 
+    /// True if something else happens instead of the tick.
+    pub(crate) fn tamper_tick(&self, world: &mut World, host: usize) -> bool {
+        let host = &mut world.hosts[host];
+        let cut = host.qemu.as_ref().is_some_and(|qemu| qemu.cut);
+        let Some(agent) = host.agent.as_mut().filter(|agent| agent.queue.is_empty()) else {
+            return false;
+        };
+        let kills = self.bug == Some(Bug::CutTakenForLoss) && cut;
+        if kills {
+            agent.queue.push_back((None, Action::KillTarget));
+        }
+        kills
+    }
+
     /// Whether a record that the driver writes gets to the disk.
     pub(crate) fn writes(&self, record: &Ownership) -> bool {
         match self.bug {
             Some(Bug::ReleaseNotSynced) => !is_released(record),
             Some(Bug::ExpectedNotWritten) => !matches!(record.standing, Standing::Expected { .. }),
-            Some(Bug::OwnedNotSynced) => record.standing != Standing::Owned,
+            Some(Bug::OwnedNotSynced) => !is_taken(record),
             _ => true,
         }
     }
@@ -246,6 +292,7 @@ fn tamper_source(bug: Bug, machine: &Machine, input: &SourceInput, actions: &mut
     let Machine::Source(source) = machine else { return };
     let claim = source.claim();
     let go = sends(actions, |body| matches!(body, Body::Go { .. }));
+    let asks_rest = sends(actions, |body| body == Body::AskFetched);
     match bug {
         Bug::GoBeforeFsync => {
             if let Some(at) = persists(actions, is_released) {
@@ -271,7 +318,37 @@ fn tamper_source(bug: Bug, machine: &Machine, input: &SourceInput, actions: &mut
             let loaded = Message { claim, body: Body::Loaded };
             actions.extend(source.step(SourceInput::Receive(loaded)));
         }
+        Bug::PostcopyBeforeLoaded if *input == SourceInput::StateSent => {
+            let mut source = source.clone();
+            source.step(SourceInput::StateSent);
+            let loaded = Message { claim, body: Body::Loaded };
+            actions.extend(source.step(SourceInput::Receive(loaded)));
+        }
+        Bug::QuitAtOwned if asks_rest.is_some() => actions.push(Action::QuitSource),
+        Bug::ServingNotWritten => {
+            for action in actions {
+                if let Action::Persist(record) = action
+                    && let Standing::Serving { to } = &record.standing
+                {
+                    record.standing = Standing::Released { to: to.clone() };
+                }
+            }
+        }
+        Bug::ResumesWhileServing if asks_rest.is_some() && *input == SourceInput::Tick => {
+            actions.extend([Action::StopCopy, Action::ResumeGuest]);
+        }
+        Bug::RefusedKeepsSending if *input == SourceInput::Persisted => {
+            actions.retain(|action| *action != Action::StopCopy);
+        }
+        Bug::LossNotTold => {
+            actions.retain(
+                |action| !matches!(action, Action::Send(message) if message.body == Body::Lost),
+            );
+        }
         Bug::CancelAfterRelease if *actions == [Action::RefuseCancel] => {
+            *actions = vec![Action::AcceptCancel];
+        }
+        Bug::CancelWhileServing if *input == SourceInput::Cancel && source.is_serving() => {
             *actions = vec![Action::AcceptCancel];
         }
         _ => {}
@@ -290,7 +367,7 @@ fn tamper_destination(
             actions.push(Action::ContinueGuest);
         }
         Bug::ContinueBeforeOwned => {
-            if let Some(at) = persists(actions, |record| record.standing == Standing::Owned) {
+            if let Some(at) = persists(actions, is_taken) {
                 actions.insert(at, Action::ContinueGuest);
             }
         }
@@ -300,6 +377,22 @@ fn tamper_destination(
             }
         }
         Bug::TargetLeftBehind => actions.retain(|action| *action != Action::KillTarget),
+        Bug::FetchingNotWritten => {
+            for action in actions {
+                if let Action::Persist(record) = action
+                    && matches!(record.standing, Standing::Fetching { .. })
+                {
+                    record.standing = Standing::Owned;
+                }
+            }
+        }
+        Bug::FetchedTooSoon if sends(actions, |body| body == Body::Owned).is_some() => {
+            actions.push(Action::Send(Message { claim, body: Body::Fetched }));
+        }
+        Bug::LeaseEndsFetching if matches!(input, DestinationInput::Abandon(_)) => {
+            actions.push(Action::KillTarget);
+        }
+        Bug::StarvedLeftWaiting if *input == DestinationInput::Starved => actions.clear(),
         _ => {}
     }
 }

@@ -14,7 +14,7 @@ use whimbrel_migration::phase::Outcome;
 use super::bugs::Bug;
 use super::events::Handoff;
 use super::invariants;
-use super::world::{Agent, Input, Machine, Qemu, World, other};
+use super::world::{Agent, Input, Machine, Qemu, World, is_released, other};
 
 /// How the next action goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +151,9 @@ impl Handoff {
             Action::ContinueGuest => self.continue_guest(world, host, how)?,
             _ if how != Run::Well => return Err(()),
             Action::ResumeGuest => {
-                if world.hosts[host].qemu.as_ref().is_some_and(|qemu| !qemu.running) {
+                // QEMU refuses in the middle of a post-copy.
+                let can = |qemu: &Qemu| !qemu.running && !qemu.serving;
+                if world.hosts[host].qemu.as_ref().is_some_and(can) {
                     world.run_guest(host);
                 }
                 None
@@ -160,13 +162,17 @@ impl Handoff {
                 Self::start_target(world, host, machine.map(|one| one.claim().migration));
                 None
             }
-            Action::KillTarget => match &mut world.hosts[host].qemu {
-                Some(qemu) => {
-                    qemu.killed = true;
-                    None
+            Action::StopCopy => {
+                if let Some(qemu) = &mut world.hosts[host].qemu {
+                    qemu.sending = None;
+                    qemu.serving = false;
+                    qemu.completed = false;
+                    qemu.broken = false;
                 }
-                None => Some(DestinationInput::QemuGone),
-            },
+                None
+            }
+            Action::LookForRest => look_for_rest(world, host),
+            Action::KillTarget => kill_target(world, host),
             Action::QuitSource => {
                 Self::quit_source(world, host);
                 None
@@ -178,11 +184,19 @@ impl Handoff {
     }
 
     fn persist(&self, world: &mut World, host: usize, record: &Ownership, how: Run) {
-        if matches!(record.standing, Standing::Released { .. }) {
-            let loaded = record.migration.and_then(|id| world.try_of(id)).is_some_and(|t| t.loaded);
-            if !loaded {
-                world.broken.insert(invariants::GO_GATE);
-            }
+        let one = record.migration.and_then(|id| world.try_of(id));
+        let gate = match record.standing {
+            Standing::Released { .. } => one.is_some_and(|one| one.whole),
+            Standing::Serving { .. } => one.is_some_and(|one| one.loaded),
+            _ => true,
+        };
+        if !gate {
+            world.broken.insert(invariants::GO_GATE);
+        }
+        if let (true, Some(id)) = (is_released(record), record.migration)
+            && let Some(one) = world.try_mut(id)
+        {
+            one.released = true;
         }
         if world.hosts[host].current().is_some_and(|current| current.epoch > record.epoch) {
             world.broken.insert(invariants::EPOCHS);
@@ -260,6 +274,9 @@ impl Handoff {
     }
 
     fn quit_source(world: &mut World, host: usize) {
+        if world.serves(host) {
+            world.broken.insert(invariants::POSTCOPY_BOTH);
+        }
         if world.hosts[host].qemu.take().is_none() {
             return;
         }
@@ -304,23 +321,13 @@ impl Handoff {
                     qemu.completed = false;
                 }
             }
-            Action::StopCopy => {
-                if let Some(qemu) = &mut world.hosts[host].qemu {
-                    qemu.sending = None;
-                    qemu.completed = false;
-                }
-            }
             Action::AcceptCancel => {
                 if let Some(one) = migration.and_then(|id| world.try_mut(id)) {
                     one.cancelled = true;
                 }
             }
             Action::RefuseCancel => {
-                let row = migration.and_then(|id| world.hosts[host].row(id));
-                let released = row.is_some_and(|row| {
-                    matches!(row.standing, Standing::Released { .. } | Standing::Gone { .. })
-                });
-                if !released {
+                if !migration.and_then(|id| world.try_of(id)).is_some_and(|one| one.released) {
                     world.broken.insert(invariants::CANCEL);
                 }
             }
@@ -334,6 +341,29 @@ impl Handoff {
         }
         true
     }
+}
+
+fn kill_target(world: &mut World, host: usize) -> Option<DestinationInput> {
+    let owned = world.hosts[host].may_run();
+    if owned && world.serves(other(host)) {
+        world.broken.insert(invariants::POSTCOPY_BOTH);
+    }
+    match &mut world.hosts[host].qemu {
+        Some(qemu) => {
+            qemu.killed = true;
+            None
+        }
+        None => Some(DestinationInput::QemuGone),
+    }
+}
+
+/// What QEMU says of the memory that it may lack.
+fn look_for_rest(world: &World, host: usize) -> Option<DestinationInput> {
+    let qemu = world.hosts[host].qemu.as_ref().filter(|qemu| !qemu.killed)?;
+    if !qemu.lacks {
+        return Some(DestinationInput::Loaded);
+    }
+    world.starves(host).then_some(DestinationInput::Starved)
 }
 
 /// Whether the destination of `claim` has refused it.

@@ -20,7 +20,19 @@ pub(crate) struct Handoff {
     pub(crate) faults: u8,
     /// What follows from an action's answer is done before (or after) what is left to do.
     pub(crate) answers_first: bool,
+    /// How QEMU sends the guests.
+    pub(crate) copies: Copies,
     pub(crate) bug: Option<Bug>,
+}
+
+/// In how many parts guests are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Copies {
+    /// Everything before the release.
+    Precopy,
+    /// The guest's state before the release, the rest of its memory at any time after that; at once, too,
+    /// so that whatever happens with `Precopy` happens here.
+    Postcopy,
 }
 
 /// One thing that happens. Hosts are 0 and 1.
@@ -38,12 +50,24 @@ pub(crate) enum Event {
     Deliver(usize, Message),
     /// The source's QEMU on a host has sent everything, and stops its guest.
     Complete(usize),
-    /// The destination's QEMU on a host has taken in everything.
+    /// The same, with a part of the memory left to send (post-copy).
+    Switch(usize),
+    /// The destination's QEMU on a host has taken in what was sent.
     Load(usize),
-    /// The agent learns of `Complete`.
+    /// The source's QEMU on a host sends the rest.
+    Serve(usize),
+    /// A new stream takes the place of the cut one to a host.
+    Mend(usize),
+    /// The agent learns of `Complete`, or of `Serve`.
     SeeCompleted(usize),
-    /// The agent learns of `Load`.
+    /// The agent learns of `Switch`.
+    SeeStateSent(usize),
+    /// The agent learns that its QEMU holds the whole guest.
     SeeLoaded(usize),
+    /// The agent learns of `Load`, while memory is still to come.
+    SeeStateLoaded(usize),
+    /// The agent learns of `Break`.
+    SeeBroken(usize),
     /// The agent learns that its QEMU is gone.
     SeeGone(usize),
     /// The agent's timer.
@@ -58,6 +82,10 @@ pub(crate) enum Event {
     End(usize),
     /// A fault: a QEMU ends by itself.
     Die(usize),
+    /// A fault: the stream that brings the rest to a host is cut.
+    Cut(usize),
+    /// A fault: the source's QEMU on a host ends a post-copy for good.
+    Break(usize),
     /// A fault: an agent ends. What it had not written is lost.
     Crash(usize),
     /// A crashed agent comes back.
@@ -68,7 +96,11 @@ pub(crate) enum Event {
 
 impl Handoff {
     pub(crate) fn new(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
-        Self { tries, faults, answers_first: true, bug }
+        Self { tries, faults, answers_first: true, copies: Copies::Precopy, bug }
+    }
+
+    pub(crate) fn postcopy(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
+        Self { copies: Copies::Postcopy, ..Self::new(tries, faults, bug) }
     }
 
     /// Lets `event` happen; false if it cannot.
@@ -87,16 +119,25 @@ impl Handoff {
                 self.deliver(world, host, message);
                 true
             }
-            Event::Complete(host) => complete(world, host),
+            Event::Complete(host) => send(world, host, false),
+            Event::Switch(host) => send(world, host, true),
             Event::Load(host) => load(world, host),
+            Event::Serve(host) => serve(world, host),
+            Event::Mend(host) => mend(world, host),
             Event::SeeCompleted(host) => self.tell_source(world, host, SourceInput::Completed),
+            Event::SeeStateSent(host) => self.tell_source(world, host, SourceInput::StateSent),
+            Event::SeeBroken(host) => self.tell_source(world, host, SourceInput::StreamLost),
             Event::SeeLoaded(host) => self.tell_destination(world, host, DestinationInput::Loaded),
+            Event::SeeStateLoaded(host) => {
+                self.tell_destination(world, host, DestinationInput::StateLoaded)
+            }
             Event::SeeGone(host) => {
                 self.tell_source(world, host, SourceInput::QemuGone)
                     || self.tell_destination(world, host, DestinationInput::QemuGone)
             }
             Event::Tick(host) => {
-                self.tell_source(world, host, SourceInput::Tick)
+                self.tamper_tick(world, host)
+                    || self.tell_source(world, host, SourceInput::Tick)
                     || self.tell_destination(world, host, DestinationInput::Tick)
             }
             Event::Cancel(host) => self.tell_source(world, host, SourceInput::Cancel),
@@ -113,6 +154,13 @@ impl Handoff {
                 world.qemu_died = true;
                 spend_fault(world)
             }
+            Event::Cut(host) => {
+                world.hosts[host].qemu.as_mut().is_some_and(|qemu| {
+                    qemu.cut = true;
+                    qemu.lacks
+                }) && spend_fault(world)
+            }
+            Event::Break(host) => break_off(world, host) && spend_fault(world),
             Event::Crash(host) => {
                 world.hosts[host].agent = None;
                 spend_fault(world)
@@ -131,7 +179,8 @@ impl Handoff {
         };
         let migration = migration_id(world.tries.len());
         let claim = Claim { vm: current.vm, migration, epoch: current.epoch.next() };
-        world.tries.push(Try { claim, from, loaded: false, cancelled: false });
+        let (loaded, whole, released, cancelled) = (false, false, false, false);
+        world.tries.push(Try { claim, from, loaded, whole, released, cancelled });
         true
     }
 
@@ -156,7 +205,10 @@ impl Handoff {
         let host = &world.hosts[from];
         let Some(mut current) = host.current().cloned() else { return false };
         let mut free = host.ready().is_some_and(|agent| agent.machines.is_empty());
-        if self.bug == Some(Bug::SecondMigrationAdmitted) && current.may_run() {
+        let fetching = matches!(current.standing, Standing::Fetching { .. });
+        if self.bug == Some(Bug::SecondMigrationAdmitted) && current.may_run()
+            || self.bug == Some(Bug::MovedOnWhileFetching) && fetching
+        {
             current.standing = Standing::Owned;
             free = host.ready().is_some();
         }
@@ -179,6 +231,10 @@ impl Handoff {
             SourceInput::Completed => {
                 sees.is_some_and(|qemu| qemu.completed && qemu.sending == Some(migration))
             }
+            SourceInput::StateSent => {
+                sees.is_some_and(|qemu| qemu.serving && qemu.sending == Some(migration))
+            }
+            SourceInput::StreamLost => sees.is_some_and(|qemu| qemu.broken),
             SourceInput::QemuGone => sees.is_none(),
             _ => true,
         };
@@ -194,7 +250,12 @@ impl Handoff {
         let sees = world.hosts[host].qemu.as_ref();
         let holds = match input {
             DestinationInput::Loaded => {
-                sees.is_some_and(|qemu| qemu.loaded && qemu.incoming == Some(migration))
+                let whole = sees.filter(|qemu| qemu.loaded && !qemu.lacks);
+                whole.is_some_and(|qemu| qemu.incoming == Some(migration))
+            }
+            DestinationInput::StateLoaded => {
+                let part = sees.filter(|qemu| qemu.loaded && qemu.lacks);
+                part.is_some_and(|qemu| qemu.incoming == Some(migration))
             }
             DestinationInput::QemuGone => sees.is_none(),
             _ => true,
@@ -209,8 +270,22 @@ impl Handoff {
         let fault = world.faults_left > 0;
         let it = &world.hosts[host];
         if let Some(qemu) = &it.qemu {
-            if qemu.sending.is_some() && !qemu.completed {
-                events.push(Event::Complete(host));
+            if qemu.sending.is_some() && !qemu.completed && !qemu.serving && !qemu.broken {
+                events.push(match self.copies {
+                    Copies::Precopy => Event::Complete(host),
+                    Copies::Postcopy => Event::Switch(host),
+                });
+            }
+            if qemu.serving {
+                events.push(Event::Serve(host));
+                if fault {
+                    events.push(Event::Break(host));
+                }
+            }
+            if qemu.cut {
+                events.push(Event::Mend(host));
+            } else if qemu.lacks && fault {
+                events.push(Event::Cut(host));
             }
             if qemu.full && !qemu.loaded && !qemu.killed {
                 events.push(Event::Load(host));
@@ -251,6 +326,13 @@ impl Handoff {
                 Event::Fail(host),
                 Event::Lease(host),
             ]);
+            if self.copies != Copies::Precopy {
+                events.extend([
+                    Event::SeeStateSent(host),
+                    Event::SeeStateLoaded(host),
+                    Event::SeeBroken(host),
+                ]);
+            }
         }
     }
 }
@@ -269,7 +351,8 @@ fn machine(world: &World, host: usize, wanted: impl Fn(&Machine) -> bool) -> Opt
     agent.machines.iter().find(|machine| wanted(machine)).map(|machine| machine.claim().migration)
 }
 
-fn complete(world: &mut World, host: usize) -> bool {
+/// The source's QEMU stops its guest and sends everything, or all but a part of the memory.
+fn send(world: &mut World, host: usize, leaves: bool) -> bool {
     let Some(sender) = &world.hosts[host].qemu else { return false };
     let (sending, stale) = (sender.sending, sender.stale);
     let Some(target) = &mut world.hosts[other(host)].qemu else { return false };
@@ -279,19 +362,57 @@ fn complete(world: &mut World, host: usize) -> bool {
     }
     target.full = true;
     target.stale = stale;
+    target.lacks = leaves;
     if let Some(sender) = &mut world.hosts[host].qemu {
         sender.running = false;
+        sender.serving = leaves;
+        sender.completed = !leaves;
+    }
+    true
+}
+
+/// The rest of the memory gets there.
+fn serve(world: &mut World, host: usize) -> bool {
+    if !world.serves(host) || world.starves(other(host)) {
+        return false;
+    }
+    if let Some(sender) = &mut world.hosts[host].qemu {
+        sender.serving = false;
         sender.completed = true;
     }
+    let Some(target) = &mut world.hosts[other(host)].qemu else { return false };
+    target.lacks = false;
+    let whole = target.loaded.then_some(target.incoming).flatten();
+    if let Some(one) = whole.and_then(|id| world.try_mut(id)) {
+        one.whole = true;
+    }
+    true
+}
+
+fn mend(world: &mut World, host: usize) -> bool {
+    let serves = world.serves(other(host));
+    let Some(target) = &mut world.hosts[host].qemu else { return false };
+    target.cut &= !serves;
+    serves
+}
+
+fn break_off(world: &mut World, host: usize) -> bool {
+    let Some(qemu) = world.hosts[host].qemu.as_mut().filter(|qemu| qemu.serving) else {
+        return false;
+    };
+    qemu.serving = false;
+    qemu.broken = true;
+    world.qemu_died = true;
     true
 }
 
 fn load(world: &mut World, host: usize) -> bool {
     let Some(qemu) = &mut world.hosts[host].qemu else { return false };
     qemu.loaded = true;
-    let incoming = qemu.incoming;
+    let (incoming, whole) = (qemu.incoming, !qemu.lacks);
     if let Some(one) = incoming.and_then(|id| world.try_mut(id)) {
         one.loaded = true;
+        one.whole |= whole;
     }
     true
 }
@@ -336,6 +457,6 @@ impl Model for Handoff {
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
-        invariants::properties()
+        invariants::properties(self)
     }
 }

@@ -4,8 +4,8 @@ use stateright::Property;
 use whimbrel_migration::handoff::{Body, Claim, Destination, Intent, Source, Standing};
 
 use super::driver::{Run, refused};
-use super::events::{Event, Handoff};
-use super::world::{Host, World, host_name, migration_id, other};
+use super::events::{Copies, Event, Handoff};
+use super::world::{Host, World, host_name, is_released, is_taken, migration_id, other};
 
 pub(crate) const AT_MOST_ONE: &str = "I1 AtMostOne";
 pub(crate) const OWNER_RUNS: &str = "I2 OwnerRuns";
@@ -21,14 +21,15 @@ pub(crate) const SEALED: &str = "I17 Sealed";
 pub(crate) const TRUTHFUL: &str = "I20 TruthfulStatus";
 pub(crate) const PAUSE_KEPT: &str = "I21 PauseKept";
 pub(crate) const JOURNAL_FIRST: &str = "I22 JournalFirst";
+pub(crate) const POSTCOPY_BOTH: &str = "I23 PostcopyBoth";
 /// I12 Swept, I13 RunsOrTold, I19 ControllerFree and I24 Ends in one: the fair run ends well.
 pub(crate) const ENDS_WELL: &str = "I12 I13 I19 I24 EndsWell";
 
 /// Rounds of the fair run; more would mean that it does not end.
 const FAIR_ROUNDS: usize = 40;
 
-pub(crate) fn properties() -> Vec<Property<Handoff>> {
-    vec![
+pub(crate) fn properties(model: &Handoff) -> Vec<Property<Handoff>> {
+    let mut all = vec![
         Property::always(AT_MOST_ONE, |_, w: &World| !(w.hosts[0].runs() && w.hosts[1].runs())),
         Property::always(OWNER_RUNS, |_, w: &World| every_host(w, owner_runs)),
         Property::always(EPOCHS, |_, w: &World| {
@@ -49,17 +50,27 @@ pub(crate) fn properties() -> Vec<Property<Handoff>> {
             w.intent == Intent::Run || !w.hosts.iter().any(Host::runs)
         }),
         Property::always(JOURNAL_FIRST, |_, w: &World| w.hosts.iter().all(journal_first)),
+        Property::always(POSTCOPY_BOTH, |_, w: &World| !w.broken.contains(POSTCOPY_BOTH)),
         Property::always(ENDS_WELL, ends_well),
         // The model is not empty: these things do happen.
-        Property::sometimes("a VM goes there and back", |_, w: &World| {
-            w.hosts[0].runs()
-                && w.hosts[0].current().is_some_and(|r| r.epoch.0 == 3)
-                && w.reported.iter().filter(|(_, _, moved)| *moved).count() >= 2
-        }),
         Property::sometimes("a released VM stays after a refusal", |_, w: &World| {
             w.hosts[0].runs() && w.net.iter().any(|(_, m)| matches!(m.body, Body::Go { .. }))
         }),
-    ]
+    ];
+    if model.tries > 1 {
+        all.push(Property::sometimes("a VM goes there and back", |_, w: &World| {
+            w.hosts[0].runs()
+                && w.hosts[0].current().is_some_and(|r| r.epoch.0 == 3)
+                && w.reported.iter().filter(|(_, _, moved)| *moved).count() >= 2
+        }));
+    }
+    if model.copies != Copies::Precopy {
+        all.push(Property::sometimes(
+            "a guest runs whose memory is still to come",
+            |_, w: &World| w.serves(0) && w.hosts[1].runs(),
+        ));
+    }
+    all
 }
 
 fn every_host(world: &World, holds: fn(&World, usize) -> bool) -> bool {
@@ -75,7 +86,7 @@ fn owner_runs(world: &World, host: usize) -> bool {
         return true;
     }
     let Some(record) = it.current() else { return false };
-    let released = matches!(record.standing, Standing::Released { .. });
+    let released = is_released(record);
     let newer_elsewhere = world.hosts[other(host)]
         .current()
         .is_some_and(|elsewhere| elsewhere.may_run() && elsewhere.epoch >= record.epoch);
@@ -87,15 +98,16 @@ fn no_resume(world: &World, host: usize) -> bool {
     let it = &world.hosts[host];
     let Some(record) = it.current().filter(|_| it.runs()) else { return true };
     match record.standing {
-        Standing::Released { .. } => record.claim().is_some_and(|claim| refused(world, claim)),
+        Standing::Released { .. } | Standing::Serving { .. } => {
+            record.claim().is_some_and(|claim| refused(world, claim))
+        }
         Standing::Gone { .. } => false,
         _ => true,
     }
 }
 
 fn one_owner_per_epoch(world: &World) -> bool {
-    let owned =
-        |host: usize| world.hosts[host].ledger.iter().filter(|row| row.standing == Standing::Owned);
+    let owned = |host: usize| world.hosts[host].ledger.iter().filter(|row| is_taken(row));
     !owned(0).any(|row| owned(1).any(|elsewhere| elsewhere.epoch == row.epoch))
 }
 
@@ -132,7 +144,7 @@ fn truthful(world: &World) -> bool {
     world.reported.iter().all(|(migration, _, moved)| {
         let Some(one) = world.try_of(*migration) else { return false };
         let row = world.hosts[other(one.from)].row(*migration);
-        row.is_some_and(|row| row.standing == Standing::Owned) == *moved
+        row.is_some_and(is_taken) == *moved
     })
 }
 
@@ -182,11 +194,25 @@ fn fair_round(model: &Handoff, world: &mut World) {
         if world.hosts[host].agent.is_none() {
             happen(model, world, Event::Restart(host));
         }
-        happen(model, world, Event::Complete(host));
+        happen(model, world, Event::Mend(host));
+        happen(model, world, Event::Serve(host));
+        if world.hosts[host].qemu.as_ref().is_some_and(|qemu| !qemu.serving && !qemu.broken) {
+            let event =
+                if model.copies == Copies::Postcopy { Event::Switch } else { Event::Complete };
+            happen(model, world, event(host));
+        }
         if world.hosts[host].qemu.as_ref().is_some_and(|qemu| qemu.full) {
             happen(model, world, Event::Load(host));
         }
-        for event in [Event::SeeGone, Event::SeeCompleted, Event::SeeLoaded, Event::Tick] {
+        for event in [
+            Event::SeeGone,
+            Event::SeeBroken,
+            Event::SeeCompleted,
+            Event::SeeStateSent,
+            Event::SeeLoaded,
+            Event::SeeStateLoaded,
+            Event::Tick,
+        ] {
             happen(model, world, event(host));
         }
     }
@@ -214,7 +240,10 @@ fn ended_well(world: &World) -> bool {
     let (owner, bystander) = if owns(a) { (a, b) } else { (b, a) };
     let guest = match &owner.qemu {
         None => world.qemu_died,
-        Some(qemu) => qemu.loaded && !qemu.stale && qemu.running == (world.intent == Intent::Run),
+        Some(qemu) => {
+            let whole = qemu.loaded && !qemu.lacks && !qemu.stale;
+            whole && qemu.running == (world.intent == Intent::Run)
+        }
     };
     idle(a)
         && idle(b)

@@ -6,8 +6,10 @@
 //! for ever, and a controller that may give any order at any time, also late and twice, and need
 //! never give one again. The driver ([`driver`]) carries out actions as the handoff's header says.
 //! Events ([`events`]) are what can happen next; a crash can come between any two actions. Faults
-//! (crashes, deaths of a QEMU, failed writes that may have landed or not, a `cont` that fails)
-//! are bounded by a budget; cancels, leases that end and copies that fail come free.
+//! (crashes, deaths of a QEMU, failed writes that may have landed or not, a `cont` that fails, a
+//! post-copy whose stream is cut or given up) are bounded by a budget; cancels, leases that end and
+//! copies that fail come free. A guest is sent whole, or its state first and the rest of its memory
+//! at any time later, as long as both QEMUs live ([`Copies`]).
 //!
 //! Invariants ([`invariants`]) hold in every state. Liveness is checked as: *from every reachable
 //! state in which nothing is half done, when faults stop and without any further order of the
@@ -25,4 +27,5 @@ mod invariants;
 mod world;
 
 pub(crate) use bugs::ALL_BUGS;
-pub(crate) use events::Handoff;
+#[allow(unused_imports)] // the test and the example each use what they need
+pub(crate) use events::{Copies, Handoff};

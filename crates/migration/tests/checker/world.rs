@@ -32,8 +32,12 @@ pub(crate) struct World {
 pub(crate) struct Try {
     pub(crate) claim: Claim,
     pub(crate) from: usize,
-    /// The destination's QEMU held everything at some time.
+    /// The destination's QEMU held the guest's state at some time.
     pub(crate) loaded: bool,
+    /// It held everything, all memory included, at some time.
+    pub(crate) whole: bool,
+    /// A write of its release was tried.
+    pub(crate) released: bool,
     /// A cancel was accepted.
     pub(crate) cancelled: bool,
 }
@@ -52,10 +56,14 @@ pub(crate) struct Host {
 pub(crate) struct Qemu {
     /// The migration for whose incoming side it was started.
     pub(crate) incoming: Option<MigrationId>,
-    /// The stream has been received to its end.
+    /// The stream has been received to its end, or to the end of the guest's state.
     pub(crate) full: bool,
-    /// It holds a whole guest.
+    /// It holds a guest's state.
     pub(crate) loaded: bool,
+    /// Part of the guest's memory is still to come (post-copy).
+    pub(crate) lacks: bool,
+    /// The stream that brings it is cut; both QEMUs wait for a new one.
+    pub(crate) cut: bool,
     pub(crate) listening: bool,
     pub(crate) running: bool,
     /// Its guest's memory is older than what has been executed elsewhere since.
@@ -64,8 +72,12 @@ pub(crate) struct Qemu {
     pub(crate) killed: bool,
     /// The migration that it sends.
     pub(crate) sending: Option<MigrationId>,
+    /// It has sent the guest's state and stands still; it still has memory to send (post-copy).
+    pub(crate) serving: bool,
     /// It has sent everything, and stands still.
     pub(crate) completed: bool,
+    /// It has ended a post-copy for good without having sent everything.
+    pub(crate) broken: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -151,6 +163,21 @@ impl World {
         self.tries.iter_mut().find(|one| one.claim.migration == migration)
     }
 
+    /// Whether the QEMU on `host` has the memory that the one on the other host lacks, and sends it.
+    pub(crate) fn serves(&self, host: usize) -> bool {
+        let [target, sender] = [other(host), host].map(|host| self.hosts[host].qemu.as_ref());
+        let (Some(target), Some(sender)) = (target, sender) else { return false };
+        target.lacks && sender.serving && target.incoming == sender.sending
+    }
+
+    /// Whether the QEMU on `host` lacks memory that it will not get over the stream that it had.
+    pub(crate) fn starves(&self, host: usize) -> bool {
+        self.hosts[host]
+            .qemu
+            .as_ref()
+            .is_some_and(|qemu| qemu.lacks && (qemu.cut || !self.serves(other(host))))
+    }
+
     /// The guest runs on `host` from now on: whatever any other QEMU holds is old.
     pub(crate) fn run_guest(&mut self, host: usize) {
         if let Some(elsewhere) = &mut self.hosts[other(host)].qemu {
@@ -162,6 +189,16 @@ impl World {
         }
         qemu.running = true;
     }
+}
+
+/// Whether a record says that its host owns the VM by its migration.
+pub(crate) const fn is_taken(record: &Ownership) -> bool {
+    matches!(record.standing, Standing::Owned | Standing::Fetching { .. })
+}
+
+/// Whether a record says that its host has given the VM away and may not have been answered.
+pub(crate) const fn is_released(record: &Ownership) -> bool {
+    matches!(record.standing, Standing::Released { .. } | Standing::Serving { .. })
 }
 
 impl Host {
@@ -179,8 +216,7 @@ impl Host {
 
     /// Whether this host durably owns, or owned, the VM by `claim`.
     pub(crate) fn took(&self, claim: Claim) -> bool {
-        self.row(claim.migration)
-            .is_some_and(|row| row.standing == Standing::Owned && row.claim() == Some(claim))
+        self.row(claim.migration).is_some_and(|row| is_taken(row) && row.claim() == Some(claim))
     }
 
     pub(crate) fn write(&mut self, record: Ownership) {
@@ -197,6 +233,7 @@ impl Host {
         match &self.qemu {
             None => Observed::Gone,
             Some(qemu) if qemu.running => Observed::Running,
+            Some(qemu) if qemu.loaded && qemu.lacks => Observed::Part,
             Some(qemu) if qemu.loaded => Observed::Stopped,
             Some(_) => Observed::Incoming,
         }
