@@ -41,8 +41,9 @@
 mod moving;
 
 pub use moving::{
-    Handoff, IncomingOffer, IncomingReport, IncomingRequest, IncomingStatistics, ListenAgain, NewAddress, OutgoingEnd,
-    OutgoingReport, OutgoingRequest, Receive, ReceivePostcopy, ReceiveSettings, RecoverOrder, Resumed,
+    Handoff, IncomingOffer, IncomingReport, IncomingRequest, IncomingStatistics, ListenAgain,
+    NewAddress, OutgoingEnd, OutgoingReport, OutgoingRequest, Receive, ReceivePostcopy,
+    ReceiveSettings, RecoverOrder, Resumed,
 };
 
 use std::collections::BTreeSet;
@@ -184,6 +185,9 @@ pub struct Mobility {
 pub struct KnockListen {
     /// Who will knock.
     pub from: Name,
+    /// At which address, an IP address or a host name of this host; at that of its configuration without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
 }
 
 /// Where to knock.

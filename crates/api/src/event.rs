@@ -12,6 +12,8 @@ use crate::pool::{Host, Network, Storage};
 use crate::vm::Vm;
 
 /// Something as it is now.
+// A migration's record is much larger than the rest; events are not kept, so a box would save nothing.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case", tag = "event")]
 pub enum Event {

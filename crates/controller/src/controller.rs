@@ -22,6 +22,7 @@ use crate::contact;
 use crate::events::Events;
 use crate::hosts::Hosts;
 use crate::migrate::Running;
+use crate::plan::{self, Shelf};
 use crate::renewal::{self, Own, OwnError};
 use crate::store::{PlacementMove, Store, StoreError, VmRow, is_active};
 
@@ -38,6 +39,7 @@ pub struct Controller {
     own: Own,
     addresses: Vec<String>,
     running: Running,
+    shelf: Shelf,
     closing: watch::Sender<bool>,
     /// Held while a network or storage is made known to the hosts, so that reconcile does not do half of it at the same time.
     pub(crate) layout: tokio::sync::Mutex<()>,
@@ -96,12 +98,13 @@ impl Controller {
             own,
             addresses: config.addresses.clone(),
             running: Running::default(),
+            shelf: Shelf::default(),
             closing: watch::Sender::new(false),
             layout: tokio::sync::Mutex::default(),
         }))
     }
 
-    /// Starts the contact loop of every host, and looks after the controller's own certificates.
+    /// Starts the contact loop of every host, and looks after the controller's own certificates and what plans need.
     pub fn start(self: &Arc<Self>) {
         for member in self.hosts.all() {
             contact::spawn(self, member);
@@ -110,6 +113,7 @@ impl Controller {
         tokio::spawn(async move {
             tokio::select! {
                 () = renewal::keep_own(&controller) => {}
+                () = plan::keep_cpus(&controller) => {}
                 () = controller.closing() => {}
             }
         });
@@ -148,6 +152,11 @@ impl Controller {
     /// The open migrations.
     pub(crate) fn running(&self) -> &Running {
         &self.running
+    }
+
+    /// What was measured a moment ago.
+    pub(crate) fn shelf(&self) -> &Shelf {
+        &self.shelf
     }
 
     pub(crate) fn authority(&self) -> &Authority {

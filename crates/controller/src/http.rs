@@ -14,6 +14,8 @@ mod console;
 mod document;
 mod events;
 mod migrations;
+mod plans;
+mod policies;
 mod pool;
 mod vms;
 
@@ -58,6 +60,8 @@ fn calls() -> OpenApiRouter<Shared> {
         .merge(pool::calls())
         .merge(vms::calls())
         .merge(migrations::calls())
+        .merge(plans::calls())
+        .merge(policies::calls())
         .merge(events::calls())
         .route_layer(middleware::from_fn(operators_only));
     let anybody = OpenApiRouter::default().routes(routes!(pool::join));

@@ -26,6 +26,8 @@ mod join;
 pub mod migrate;
 mod networks;
 mod placement;
+mod plan;
+mod policies;
 mod reconcile;
 mod renewal;
 mod serve;

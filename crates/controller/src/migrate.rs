@@ -22,6 +22,8 @@
 //! QEMU is told is the agents'.
 
 mod admission;
+pub(crate) mod examine;
+mod live;
 mod page;
 mod relay;
 mod sweep;
@@ -31,10 +33,9 @@ use std::time::{Duration, Instant};
 
 use whimbrel_api::agent::{
     IncomingOffer, IncomingReport, IncomingRequest, OutgoingEnd, OutgoingReport, OutgoingRequest,
-    Receive,
+    Receive, ReceiveSettings,
 };
-use whimbrel_api::migration::{Migration, MigrationState, Stay, Strategy};
-use whimbrel_api::policy::Policy;
+use whimbrel_api::migration::{Migration, MigrationState, Mode, Stay, Strategy};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name, Phase};
 use whimbrel_migration::strategy::NORMAL_DOWNTIME_MS;
 
@@ -43,6 +44,7 @@ use crate::controller::MovedPlacement;
 use crate::store::is_active;
 
 pub use admission::admit;
+pub use live::{act, set, statistics};
 pub(crate) use page::Running;
 use page::{Page, failed};
 
@@ -198,18 +200,34 @@ async fn begin(page: &mut Page) -> Result<OutgoingRequest, Stay> {
     let offer = prepare(page).await?;
 
     page.enter(Phase::Precopy).await?;
+    let policy = page.policy().await?;
     let record = &page.record;
     Ok(OutgoingRequest {
         vm: record.vm,
         destination: record.destination.clone(),
         epoch: record.epoch,
         options: record.options.clone(),
-        strategy: Strategy::plain(record.options.max_downtime_ms.unwrap_or(NORMAL_DOWNTIME_MS)),
-        policy: Policy::default(),
-        forecast: None,
+        strategy: strategy(record),
+        policy,
+        forecast: record.forecast.clone(),
         offer,
         grant: page.grant()?,
     })
+}
+
+/// How memory goes. Of a record that is older than strategies: by a single stream.
+fn strategy(record: &Migration) -> Strategy {
+    let pause = record.options.max_downtime_ms.unwrap_or(NORMAL_DOWNTIME_MS);
+    record.strategy.clone().unwrap_or_else(|| Strategy::plain(pause))
+}
+
+/// What the destination is to be ready for.
+fn receive(record: &Migration) -> Receive {
+    if record.options.mode == Mode::Offline {
+        return Receive::Definition;
+    }
+    let listen = record.options.migrate_address.clone();
+    Receive::Guest(ReceiveSettings::of(&strategy(record), listen))
 }
 
 /// Asks the destination for a stopped QEMU. An answer that is lost is asked for again: the destination gives the same one.
@@ -218,7 +236,7 @@ async fn prepare(page: &mut Page) -> Result<IncomingOffer, Stay> {
         definition: page.definition().await?,
         source: page.record.source.clone(),
         epoch: page.record.epoch,
-        receive: Receive::default(),
+        receive: receive(&page.record),
         grant: page.grant()?,
     };
     let (agent, id) = (page.destination(), page.record.id);
@@ -280,6 +298,9 @@ async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
     let mut events = page.source().watch_outgoing(page.record.id).await.ok();
     loop {
         page.note(&report).await;
+        if report.phase == Phase::Postcopy {
+            place(page).await;
+        }
         match &report.end {
             OutgoingEnd::Moved => return Some(Settled::Moved),
             OutgoingEnd::Stayed { why } => return Some(Settled::Stayed(why.clone())),
@@ -315,6 +336,17 @@ async fn settled_by_destination(page: &Page, silence: &ApiError) -> Option<Settl
 /// The VM runs on the destination: the placement moves, then both sides may forget.
 async fn settle(page: &mut Page) {
     page.settled(MigrationState::Moved).await;
+    place(page).await;
+    page.keep_statistics().await;
+    sweep::both_sides(page).await;
+    page.end(MigrationState::Moved).await;
+}
+
+/// The VM is the destination's: in post-copy before all of its memory is there. Once is enough, and again is harmless.
+async fn place(page: &mut Page) {
+    if page.placed {
+        return;
+    }
     let moved = MovedPlacement {
         vm: page.record.vm,
         host: page.record.destination.clone(),
@@ -323,17 +355,19 @@ async fn settle(page: &mut Page) {
         state: None,
     };
     // Not without this record: a source that has forgotten the VM could not be asked any more.
-    while let Err(error) = page.controller.move_placement(&moved).await {
+    while let Err(error) = page.move_placement(&moved).await {
         tracing::error!(migration = %page.record.id, %error, "the placement cannot be written; trying again");
         page.pause(Duration::from_millis(ASK_AGAIN_MS)).await;
     }
-    sweep::both_sides(page).await;
-    page.end(MigrationState::Moved).await;
+    page.placed = true;
 }
 
 /// The VM stays: what the destination prepared is taken down.
 async fn undo(page: &mut Page, why: Stay) {
     page.settled(MigrationState::Stayed { why: why.clone() }).await;
+    if page.record.phase >= Phase::Precopy {
+        page.keep_statistics().await;
+    }
     sweep::both_sides(page).await;
     page.end(MigrationState::Stayed { why }).await;
 }

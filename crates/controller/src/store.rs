@@ -1,4 +1,4 @@
-//! What the controller knows durably: hosts, join tokens, networks, storages, VMs and migrations, in one SQLite file.
+//! What the controller knows durably: hosts, join tokens, networks, storages, policies, VMs and migrations, in one SQLite file.
 //!
 //! ```text
 //! many tasks ──jobs (bounded)──▶ one thread, one connection ──▶ pool.db (WAL, synchronous=FULL)
@@ -11,6 +11,7 @@
 
 mod hosts;
 mod migrations;
+mod policies;
 mod pool;
 mod schema;
 mod vms;
@@ -23,6 +24,7 @@ use whimbrel_api::ApiError;
 
 pub use hosts::{HostRow, JoinOutcome};
 pub use migrations::{BeginError, Begun, is_active};
+pub use policies::{Attached, POLICIES_MAX, PolicyDeleted, Subject};
 pub use vms::{Deleted, Inserted, PlacementMove, VmRow};
 
 /// Most jobs that wait for the writer thread; who comes then waits for a place.

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use whimbrel_api::agent::VmReport;
 use whimbrel_api::event::Event;
+use whimbrel_api::measure::{DirtyRateReport, DirtyRateRequest};
 use whimbrel_api::pool::Contact;
-use whimbrel_api::vm::{CreateVm, StopRequest, Vm, VmAction, VmDefinition};
+use whimbrel_api::vm::{CreateVm, StateFile, StopRequest, Vm, VmAction, VmDefinition};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, Name};
 
 use crate::Controller;
@@ -180,6 +181,38 @@ pub(crate) async fn stop(
     let row = free_vm(controller, vm).await?;
     let report = controller.agent(&row.host)?.stop_vm(row.id(), request).await?;
     accepted(controller, row, report).await
+}
+
+/// Saves a running or paused VM's whole state to a file in a storage; it is stopped then.
+pub(crate) async fn save(
+    controller: &Controller,
+    vm: &str,
+    to: &StateFile,
+) -> Result<Vm, ApiError> {
+    let row = free_vm(controller, vm).await?;
+    let report = controller.agent(&row.host)?.save_vm(row.id(), to).await?;
+    accepted(controller, row, report).await
+}
+
+/// Restores a stopped VM from such a file.
+pub(crate) async fn restore(
+    controller: &Controller,
+    vm: &str,
+    from: &StateFile,
+) -> Result<Vm, ApiError> {
+    let row = free_vm(controller, vm).await?;
+    let report = controller.agent(&row.host)?.restore_vm(row.id(), from).await?;
+    accepted(controller, row, report).await
+}
+
+/// Lets QEMU measure how fast a VM's guest writes.
+pub(crate) async fn dirty_rate(
+    controller: &Controller,
+    vm: &str,
+    request: &DirtyRateRequest,
+) -> Result<DirtyRateReport, ApiError> {
+    let row = free_vm(controller, vm).await?;
+    controller.agent(&row.host)?.dirty_rate(row.id(), request).await
 }
 
 /// Deletes a stopped VM with its disks. A VM that its host does not have any more is forgotten.

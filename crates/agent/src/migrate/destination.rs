@@ -124,7 +124,7 @@ async fn listen(
     write_qemu_credentials(&host.identity, &credentials_dir, QemuSide::Server, user.uid, user.gid)
         .map_err(|error| ApiError::internal("QEMU's certificates cannot be laid out", &error))?;
     let settings = IncomingSettings {
-        address: migration_ip(host).await?,
+        address: migration_ip(host, None).await?,
         ports: host.config.migration_port_range(),
         stream: whimbrel_qemu::migrate::Stream::default(),
         tls: Some(IncomingTls {

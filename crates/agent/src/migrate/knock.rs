@@ -36,7 +36,7 @@ pub(super) async fn listen(
     host: &Arc<Host>,
     request: KnockListen,
 ) -> Result<KnockAddress, ApiError> {
-    let ip = migration_ip(host).await?;
+    let ip = migration_ip(host, request.listen.as_deref()).await?;
     let mut bound = None;
     for port in host.config.migration_port_range() {
         if let Ok(listener) = TcpListener::bind(SocketAddr::new(ip, port)).await {
@@ -66,7 +66,8 @@ pub(super) async fn listen(
             Err(_) => debug!(from = %request.from, "nobody knocked"),
         }
     });
-    Ok(KnockAddress { host: host.config.migration_host(), port })
+    let at = request.listen.unwrap_or_else(|| host.config.migration_host());
+    Ok(KnockAddress { host: at, port })
 }
 
 async fn welcome(stream: TcpStream, acceptor: TlsAcceptor) -> std::io::Result<()> {

@@ -533,9 +533,9 @@ async fn remember_outgoing(
     host.ledger.put_migration(&row).await
 }
 
-/// The address that this host's QEMUs listen on for guests.
-async fn migration_ip(host: &Host) -> Result<IpAddr, ApiError> {
-    let name = host.config.migration_host();
+/// The address that this host's QEMUs listen on for guests: the one that was asked for, else that of its configuration.
+async fn migration_ip(host: &Host, asked: Option<&str>) -> Result<IpAddr, ApiError> {
+    let name = asked.map_or_else(|| host.config.migration_host(), str::to_owned);
     let found = tokio::net::lookup_host((name.as_str(), 0)).await;
     let address = found.ok().and_then(|mut addresses| addresses.next());
     address.map(|address| address.ip()).ok_or_else(|| {
@@ -543,7 +543,7 @@ async fn migration_ip(host: &Host) -> Result<IpAddr, ApiError> {
             ErrorCode::NoResources,
             format!("this host's migration address {name} has no IP address here"),
         )
-        .hint("correct `migration_address` in the agent's configuration")
+        .hint("correct `migration_address` in the agent's configuration, or the one in the request")
     })
 }
 

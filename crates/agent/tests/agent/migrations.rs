@@ -750,7 +750,7 @@ fn a_migration_needs_the_controllers_word_for_exactly_this() {
 fn the_way_is_tried_beforehand() {
     with_pair(|pair, _a, b| {
         pair.calls.block_on(async {
-            let listen = KnockListen { from: pair.a.config.name.clone() };
+            let listen = KnockListen { from: pair.a.config.name.clone(), listen: None };
             let address = pair.client(&pair.b).knock_listen(&listen).await.unwrap();
             let mut connect = KnockConnect { to: pair.b.config.name.clone(), address };
             let reach = pair.client(&pair.a).knock_connect(&connect).await.unwrap();

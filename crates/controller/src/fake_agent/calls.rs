@@ -224,7 +224,12 @@ async fn mobility(
     Segment(id): Segment<VmId>,
 ) -> Result<Json<Mobility>, ApiError> {
     let Json(vm) = change(&host, id, |_| Ok(()))?;
-    Ok(Json(Mobility { vm, cpu_features: Default::default(), blockers: Vec::new(), abilities: None }))
+    Ok(Json(Mobility {
+        vm,
+        cpu_features: Default::default(),
+        blockers: Vec::new(),
+        abilities: None,
+    }))
 }
 
 async fn put_vm(

@@ -1,4 +1,4 @@
-//! Migrations: asked for, listed, followed, cancelled.
+//! Migrations: asked for, listed, followed, steered, cancelled.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -11,7 +11,9 @@ use futures::{Stream, StreamExt, stream};
 use tokio::sync::watch;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use whimbrel_api::migration::{MigrateRequest, Migration};
+use whimbrel_api::migration::{
+    LiveSettings, MigrateRequest, Migration, MigrationAction, MigrationStatistics,
+};
 use whimbrel_api::server::{Body, Segment};
 use whimbrel_api::{ApiError, MigrationId};
 
@@ -24,9 +26,16 @@ pub(super) fn calls() -> OpenApiRouter<Shared> {
         .routes(routes!(get_migration))
         .routes(routes!(watch_migration))
         .routes(routes!(cancel_migration))
+        .routes(routes!(set_migration))
+        .routes(routes!(start_postcopy))
+        .routes(routes!(pause_migration))
+        .routes(routes!(resume_migration))
+        .routes(routes!(recover_migration))
+        .routes(routes!(force_complete_migration))
+        .routes(routes!(migration_statistics))
 }
 
-/// The newest migrations, newest first; at most 200.
+/// The newest migrations, newest first; at most 200, without their decisions.
 #[utoipa::path(get, path = "/migrations", tag = "migrations",
     responses((status = 200, description = "The migrations", body = Vec<Migration>)))]
 async fn list_migrations(
@@ -37,6 +46,7 @@ async fn list_migrations(
         if let Some(latest) = controller.events().latest(record.id) {
             *record = latest;
         }
+        record.decisions.clear();
     }
     Ok(Json(records))
 }
@@ -99,4 +109,90 @@ async fn cancel_migration(
     Segment(id): Segment<MigrationId>,
 ) -> Result<Json<Migration>, ApiError> {
     to_the_end(async move { migrate::cancel(&controller, id).await }).await.map(Json)
+}
+
+/// Let post-copy begin now. It has to have been made ready before the start. `wrong-state` where it does not fit.
+#[utoipa::path(post, path = "/migrations/{id}/postcopy", tag = "migrations",
+    params(("id" = MigrationId, Path, description = "The migration's id")),
+    responses((status = 200, description = "The migration", body = Migration)))]
+async fn start_postcopy(
+    State(controller): State<Shared>,
+    Segment(id): Segment<MigrationId>,
+) -> Result<Json<Migration>, ApiError> {
+    act(controller, id, MigrationAction::Postcopy).await
+}
+
+/// Hold post-copy: the guest goes on as far as its memory is there. `wrong-state` where it does not fit.
+#[utoipa::path(post, path = "/migrations/{id}/pause", tag = "migrations",
+    params(("id" = MigrationId, Path, description = "The migration's id")),
+    responses((status = 200, description = "The migration", body = Migration)))]
+async fn pause_migration(
+    State(controller): State<Shared>,
+    Segment(id): Segment<MigrationId>,
+) -> Result<Json<Migration>, ApiError> {
+    act(controller, id, MigrationAction::Pause).await
+}
+
+/// Let a post-copy that was paused by hand go on. `wrong-state` where it does not fit.
+#[utoipa::path(post, path = "/migrations/{id}/resume", tag = "migrations",
+    params(("id" = MigrationId, Path, description = "The migration's id")),
+    responses((status = 200, description = "The migration", body = Migration)))]
+async fn resume_migration(
+    State(controller): State<Shared>,
+    Segment(id): Segment<MigrationId>,
+) -> Result<Json<Migration>, ApiError> {
+    act(controller, id, MigrationAction::Resume).await
+}
+
+/// Take a post-copy up whose connection is lost, instead of when the way is back. `wrong-state` where it does not fit.
+#[utoipa::path(post, path = "/migrations/{id}/recover", tag = "migrations",
+    params(("id" = MigrationId, Path, description = "The migration's id")),
+    responses((status = 200, description = "The migration", body = Migration)))]
+async fn recover_migration(
+    State(controller): State<Shared>,
+    Segment(id): Segment<MigrationId>,
+) -> Result<Json<Migration>, ApiError> {
+    act(controller, id, MigrationAction::Recover).await
+}
+
+/// Let the guest stand still until the rest is sent. `wrong-state` where it does not fit.
+#[utoipa::path(post, path = "/migrations/{id}/force-complete", tag = "migrations",
+    params(("id" = MigrationId, Path, description = "The migration's id")),
+    responses((status = 200, description = "The migration", body = Migration)))]
+async fn force_complete_migration(
+    State(controller): State<Shared>,
+    Segment(id): Segment<MigrationId>,
+) -> Result<Json<Migration>, ApiError> {
+    act(controller, id, MigrationAction::ForceComplete).await
+}
+
+async fn act(
+    controller: Shared,
+    id: MigrationId,
+    action: MigrationAction,
+) -> Result<Json<Migration>, ApiError> {
+    to_the_end(async move { migrate::act(&controller, id, action).await }).await.map(Json)
+}
+
+/// Change a running migration: what is not said stays.
+#[utoipa::path(put, path = "/migrations/{id}/settings", tag = "migrations", request_body = LiveSettings,
+    params(("id" = MigrationId, Path, description = "The migration's id")),
+    responses((status = 200, description = "The migration", body = Migration)))]
+async fn set_migration(
+    State(controller): State<Shared>,
+    Segment(id): Segment<MigrationId>,
+    Body(settings): Body<LiveSettings>,
+) -> Result<Json<Migration>, ApiError> {
+    to_the_end(async move { migrate::set(&controller, id, &settings).await }).await.map(Json)
+}
+
+/// What was seen of a migration over time, and QEMU's own last figures; while it runs, as far as it is.
+#[utoipa::path(get, path = "/migrations/{id}/statistics", tag = "migrations",
+    params(("id" = MigrationId, Path, description = "The migration's id")),
+    responses((status = 200, description = "Samples for a plot, and raw figures", body = MigrationStatistics)))]
+async fn migration_statistics(
+    State(controller): State<Shared>,
+    Segment(id): Segment<MigrationId>,
+) -> Result<Json<MigrationStatistics>, ApiError> {
+    migrate::statistics(&controller, id).await.map(Json)
 }

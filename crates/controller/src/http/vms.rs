@@ -6,7 +6,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use whimbrel_api::ApiError;
 use whimbrel_api::server::{Body, Segment};
-use whimbrel_api::vm::{CreateVm, StopRequest, Vm, VmAction};
+use whimbrel_api::vm::{CreateVm, StateFile, StopRequest, Vm, VmAction};
 
 use super::{Shared, console, to_the_end};
 use crate::vms;
@@ -19,6 +19,8 @@ pub(super) fn calls() -> OpenApiRouter<Shared> {
         .routes(routes!(stop_vm))
         .routes(routes!(pause_vm))
         .routes(routes!(resume_vm))
+        .routes(routes!(save_vm))
+        .routes(routes!(restore_vm))
         .routes(routes!(console::open_console))
 }
 
@@ -114,6 +116,30 @@ async fn resume_vm(
     Body(Nothing {}): Body<Nothing>,
 ) -> Result<Json<Vm>, ApiError> {
     act(controller, vm, VmAction::Resume).await
+}
+
+/// Save a VM's whole state, its memory included, to a file in a storage of its host; the VM is stopped then.
+#[utoipa::path(post, path = "/vms/{vm}/save", tag = "vms", request_body = StateFile,
+    params(("vm" = String, Path, description = "The VM's name or id")),
+    responses((status = 200, description = "The VM", body = Vm)))]
+async fn save_vm(
+    State(controller): State<Shared>,
+    Segment(vm): Segment<String>,
+    Body(to): Body<StateFile>,
+) -> Result<Json<Vm>, ApiError> {
+    to_the_end(async move { vms::save(&controller, &vm, &to).await }).await.map(Json)
+}
+
+/// Let a stopped VM go on from a saved state.
+#[utoipa::path(post, path = "/vms/{vm}/restore", tag = "vms", request_body = StateFile,
+    params(("vm" = String, Path, description = "The VM's name or id")),
+    responses((status = 200, description = "The VM", body = Vm)))]
+async fn restore_vm(
+    State(controller): State<Shared>,
+    Segment(vm): Segment<String>,
+    Body(from): Body<StateFile>,
+) -> Result<Json<Vm>, ApiError> {
+    to_the_end(async move { vms::restore(&controller, &vm, &from).await }).await.map(Json)
 }
 
 async fn act(controller: Shared, vm: String, action: VmAction) -> Result<Json<Vm>, ApiError> {

@@ -11,14 +11,18 @@ use tokio::sync::{mpsc, oneshot};
 use whimbrel_api::agent::{OutgoingEnd, OutgoingReport};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::event::Event;
-use whimbrel_api::migration::{Migration, MigrationState, PhaseStart, Stay};
+use whimbrel_api::migration::{
+    DECISIONS_MAX, Migration, MigrationState, MigrationStatistics, PhaseStart, Stay,
+};
+use whimbrel_api::policy::Policy;
 use whimbrel_api::vm::VmDefinition;
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, Phase};
 use whimbrel_migration::preflight::ENGINE_OVERHEAD_BYTES;
 use whimbrel_pki::grant::SignedGrant;
 
-use crate::Controller;
+use crate::controller::MovedPlacement;
 use crate::hosts::Member;
+use crate::{Controller, policies};
 
 /// Cancels of one migration that may wait.
 const CANCELS_MAX: usize = 128;
@@ -26,6 +30,8 @@ const CANCELS_MAX: usize = 128;
 const CANCEL_SECONDS: u64 = 15;
 /// How long until an end that could not be written is written again, in milliseconds.
 const WRITE_AGAIN_MS: u64 = 500;
+/// How long a host may take to tell what was seen over time, in seconds; then it is not kept.
+const STATISTICS_SECONDS: u64 = 3;
 
 type Answer = oneshot::Sender<Result<(), ApiError>>;
 
@@ -95,6 +101,8 @@ pub(super) struct Page {
     destination: Arc<Member>,
     /// The generation of the definition that travels.
     pub(super) generation: u64,
+    /// Whether the placement has moved.
+    pub(super) placed: bool,
     room: Option<Room>,
     cancels: mpsc::Receiver<Answer>,
 }
@@ -121,6 +129,7 @@ pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option
             source,
             destination,
             generation: 0,
+            placed: false,
             room,
             cancels,
         };
@@ -207,12 +216,23 @@ impl Page {
         Err(failed(Phase::Reservation, &ApiError::new(ErrorCode::NoResources, message)))
     }
 
-    /// The definition that travels, as the source has it.
+    /// The policy under which it goes. One that has gone meanwhile cannot be: it is kept as long as this is active.
+    pub(super) async fn policy(&self) -> Result<Policy, Stay> {
+        let Some(name) = &self.record.policy else { return Ok(Policy::default()) };
+        let found = policies::get(&self.controller, name).await;
+        Ok(found.map_err(|error| failed(Phase::Precopy, &error))?.policy)
+    }
+
+    /// The definition that travels, as the source has it, under the name that the VM is to have.
     pub(super) async fn definition(&mut self) -> Result<VmDefinition, Stay> {
         let report = self.source().vm(self.record.vm).await;
         let report = report.map_err(|error| failed(Phase::Preparation, &error))?;
-        self.generation = report.definition.generation;
-        Ok(report.definition)
+        let mut definition = report.definition;
+        self.generation = definition.generation;
+        if let Some(name) = &self.record.options.dname {
+            definition.name = name.clone();
+        }
+        Ok(definition)
     }
 
     /// The permission that both agents are shown.
@@ -295,15 +315,77 @@ impl Page {
         };
         // A restarted source has forgotten how far it was; it never goes back.
         let further = report.phase > self.record.phase;
-        let new = further || self.record.state != state;
+        let decided = self.note_decisions(report);
+        let new = further || decided || self.record.state != state;
         self.record.state = state;
         if further {
             self.mark_phase(report.phase);
+            if report.phase == Phase::Postcopy {
+                self.runs_there();
+            }
         }
         if new {
             self.save().await;
         } else {
             self.controller.events().publish(Event::Migration { migration: self.record.clone() });
+        }
+    }
+
+    /// Takes over what the source has decided, and how it goes on; whether any of it is new. What the source does not tell (any
+    /// more) was decided before it was asked, or before it was restarted.
+    fn note_decisions(&mut self, report: &OutgoingReport) -> bool {
+        let record = &mut self.record;
+        let before = (record.decisions.clone(), record.strategy.clone(), record.postcopy.clone());
+        if !report.decisions.is_empty() {
+            record.decisions.retain(|earlier| !report.decisions.contains(earlier));
+            record.decisions.extend(report.decisions.iter().cloned());
+            let too_many = record.decisions.len().saturating_sub(DECISIONS_MAX);
+            record.decisions.drain(DECISIONS_MAX / 2..DECISIONS_MAX / 2 + too_many);
+        }
+        record.strategy = report.strategy.clone().or(record.strategy.take());
+        record.postcopy = report.postcopy.clone().or(record.postcopy.take());
+        before != (record.decisions.clone(), record.strategy.clone(), record.postcopy.clone())
+    }
+
+    /// The guest runs on the destination as from now.
+    fn runs_there(&mut self) {
+        let total = Timestamp::now().duration_since(self.record.started).as_millis();
+        self.record.total_ms.get_or_insert(u64::try_from(total).unwrap_or(0));
+    }
+
+    /// Moves the placement, and gives the VM the name under which it has arrived.
+    pub(super) async fn move_placement(&self, moved: &MovedPlacement) -> Result<(), ApiError> {
+        if let Some(name) = &self.record.options.dname {
+            self.controller.store().rename_vm(moved.vm, name).await?;
+        }
+        self.controller.move_placement(moved).await.map(|_| ())
+    }
+
+    /// Keeps what was seen over time, before the agents forget it. Not worth an error: the record has the rest.
+    pub(super) async fn keep_statistics(&mut self) {
+        let id = self.record.id;
+        let kept = tokio::time::timeout(Duration::from_secs(STATISTICS_SECONDS), async {
+            let mut statistics: MigrationStatistics = self.source().outgoing_statistics(id).await?;
+            let agent = self.destination();
+            if let Some(postcopy) = &mut self.record.postcopy {
+                let there = agent.incoming_statistics(id).await?;
+                postcopy.blocktime_ms = there.postcopy_blocktime_ms.or(postcopy.blocktime_ms);
+                if !there.postcopy_vcpu_blocktime_ms.is_empty() {
+                    postcopy.vcpu_blocktime_ms = there.postcopy_vcpu_blocktime_ms;
+                }
+                statistics.destination_raw = there.raw;
+            }
+            self.controller.store().save_statistics(id, &statistics).await?;
+            Ok::<(), ApiError>(())
+        });
+        match kept.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::debug!(migration = %id, %error, "its statistics are not kept")
+            }
+            Err(_) => {
+                tracing::warn!(migration = %id, "a host is silent: its statistics are not kept")
+            }
         }
     }
 
@@ -320,10 +402,8 @@ impl Page {
     pub(super) async fn settled(&mut self, state: MigrationState) {
         if state == MigrationState::Moved {
             self.mark_phase(Phase::Retirement);
-            let now = Timestamp::now();
-            let total = now.duration_since(self.record.started).as_millis();
-            self.record.ended.get_or_insert(now);
-            self.record.total_ms.get_or_insert(u64::try_from(total).unwrap_or(0));
+            self.record.ended.get_or_insert_with(Timestamp::now);
+            self.runs_there();
         }
         self.record.settled = Some(state);
         self.save().await;

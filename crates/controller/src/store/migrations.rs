@@ -4,12 +4,12 @@
 //! flow that writes these records is [`crate::migrate`].
 
 use rusqlite::{OptionalExtension, Transaction, params};
-use whimbrel_api::migration::{Migration, MigrationState};
-use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, VmId};
+use whimbrel_api::migration::{Migration, MigrationState, MigrationStatistics};
+use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, VmId};
 
 use super::{Fault, Store, StoreError};
 
-/// Most migrations in a list: the newest ones. About 2 KiB each, well below the limit of an answer.
+/// Most migrations in a list: the newest ones. About 3 KiB each without their decisions, below the limit of an answer.
 const LISTED_MAX: u32 = 200;
 
 /// What became of a migration's record that was to begin.
@@ -27,6 +27,9 @@ pub enum BeginError {
     /// Another migration of the VM has not ended.
     #[error("the VM is being migrated to {} (migration {})", .0.destination, .0.id)]
     AlreadyMigrating(Box<Migration>),
+    /// The name that the VM is to have is another one's.
+    #[error("there is a VM `{0}` already, or will be")]
+    NameTaken(Name),
     /// The records cannot be used.
     #[error("cannot begin a migration")]
     Store(#[from] StoreError),
@@ -39,6 +42,8 @@ impl From<BeginError> for ApiError {
                 ApiError::new(ErrorCode::Migrating, error.to_string())
                     .hint("wait for its end (`whimbrel migration watch ID`) or cancel it")
             }
+            BeginError::NameTaken(_) => ApiError::new(ErrorCode::Exists, error.to_string())
+                .hint("choose another name, or leave it out"),
             BeginError::Store(error) => error.into(),
         }
     }
@@ -57,7 +62,8 @@ impl Store {
     /// Writes a migration's record, which takes the VM for it. Repeated with the same id it changes nothing.
     ///
     /// # Errors
-    /// [`BeginError::AlreadyMigrating`] if another migration of the VM is active; then nothing is written.
+    /// [`BeginError::AlreadyMigrating`] if another migration of the VM is active, [`BeginError::NameTaken`] if it is to arrive
+    /// under the name of another VM; then nothing is written.
     pub async fn begin_migration(&self, record: &Migration) -> Result<Begun, BeginError> {
         let record = record.clone();
         let begun = self.transact("begin a migration", move |transaction| {
@@ -67,7 +73,12 @@ impl Store {
             if is_active(&record.state)
                 && let Some(other) = active_migration(transaction, record.vm)?
             {
-                return Ok(Err(other));
+                return Ok(Err(BeginError::AlreadyMigrating(Box::new(other))));
+            }
+            if let Some(name) = &record.options.dname
+                && is_anothers(transaction, name, record.vm)?
+            {
+                return Ok(Err(BeginError::NameTaken(name.clone())));
             }
             transaction.execute(
                 "INSERT INTO migrations (id, vm, active, swept, record) VALUES (?1, ?2, ?3, ?4, ?5)",
@@ -81,7 +92,7 @@ impl Store {
             )?;
             Ok(Ok(Begun::New))
         });
-        begun.await?.map_err(|other| BeginError::AlreadyMigrating(Box::new(other)))
+        begun.await?
     }
 
     /// Writes a migration's record as it is now.
@@ -105,6 +116,38 @@ impl Store {
     /// One migration.
     pub async fn migration(&self, id: MigrationId) -> Result<Option<Migration>, StoreError> {
         self.transact("read a migration", move |transaction| by_id(transaction, id)).await
+    }
+
+    /// Writes down what was seen of a migration over time, instead of what was written before.
+    pub async fn save_statistics(
+        &self,
+        id: MigrationId,
+        statistics: &MigrationStatistics,
+    ) -> Result<(), StoreError> {
+        let statistics = statistics.clone();
+        self.transact("save a migration's statistics", move |transaction| {
+            transaction.execute(
+                "INSERT INTO migration_statistics (id, statistics) VALUES (?1, ?2)
+                 ON CONFLICT (id) DO UPDATE SET statistics = excluded.statistics",
+                params![id.to_string(), serde_json::to_string(&statistics)?],
+            )?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// What was seen of a migration over time, if it was written down.
+    pub async fn statistics(
+        &self,
+        id: MigrationId,
+    ) -> Result<Option<MigrationStatistics>, StoreError> {
+        self.transact("read a migration's statistics", move |transaction| {
+            let sql = "SELECT statistics FROM migration_statistics WHERE id = ?1";
+            let text: Option<String> =
+                transaction.query_row(sql, [id.to_string()], |row| row.get(0)).optional()?;
+            text.map(|text| Ok(serde_json::from_str(&text)?)).transpose()
+        })
+        .await
     }
 
     /// The newest migrations, newest first; at most 200.
@@ -161,6 +204,22 @@ pub(super) fn active_migration(
     vm: VmId,
 ) -> Result<Option<Migration>, Fault> {
     one(transaction, "SELECT record FROM migrations WHERE vm = ?1 AND active", &vm.to_string())
+}
+
+/// Whether a name belongs to another VM, or will when a migration ends.
+fn is_anothers(transaction: &Transaction<'_>, name: &Name, vm: VmId) -> Result<bool, Fault> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM vms WHERE name = ?1 AND id <> ?2)
+        OR EXISTS (SELECT 1 FROM migrations WHERE active AND vm <> ?2
+                   AND json_extract(record, '$.options.dname') = ?1)";
+    let key = params![name.as_str(), vm.to_string()];
+    Ok(transaction.query_row(sql, key, |row| row.get(0))?)
+}
+
+/// Whether a VM on its way is to have this name.
+pub(super) fn name_is_reserved(transaction: &Transaction<'_>, name: &Name) -> Result<bool, Fault> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM migrations WHERE active
+        AND json_extract(record, '$.options.dname') = ?1)";
+    Ok(transaction.query_row(sql, [name.as_str()], |row| row.get(0))?)
 }
 
 fn by_id(transaction: &Transaction<'_>, id: MigrationId) -> Result<Option<Migration>, Fault> {

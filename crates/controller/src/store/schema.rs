@@ -8,7 +8,7 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::{Fault, StoreError};
 
 /// Entry `n` brings schema `n` to `n + 1`.
-const STEPS: &[&str] = &[FIRST];
+const STEPS: &[&str] = &[FIRST, POLICIES_AND_STATISTICS];
 
 const FIRST: &str = "
 CREATE TABLE hosts (
@@ -49,6 +49,15 @@ CREATE TABLE migrations (
     record TEXT NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX one_active_migration_per_vm ON migrations (vm) WHERE active;
+";
+
+const POLICIES_AND_STATISTICS: &str = "
+CREATE TABLE policies (name TEXT PRIMARY KEY, definition TEXT NOT NULL) STRICT;
+CREATE TABLE attached_policies (subject TEXT PRIMARY KEY, policy TEXT NOT NULL) STRICT;
+CREATE TABLE migration_statistics (
+    id TEXT PRIMARY KEY REFERENCES migrations (id),
+    statistics TEXT NOT NULL
+) STRICT;
 ";
 
 pub(super) fn prepare(

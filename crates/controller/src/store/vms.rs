@@ -7,7 +7,8 @@ use rusqlite::{OptionalExtension, Row, Transaction, params};
 use whimbrel_api::vm::{VmDefinition, VmSpec};
 use whimbrel_api::{Epoch, MigrationId, Name, VmId};
 
-use super::migrations::active_migration;
+use super::migrations::{active_migration, name_is_reserved};
+use super::policies::detach_vm;
 use super::{Fault, Store, StoreError, from_column, parsed, to_column};
 
 const COLUMNS: &str = "host, epoch, confirmed, spec, definition";
@@ -82,6 +83,9 @@ impl Store {
             if let Some(found) = by_id(transaction, row.id())? {
                 return Ok(Inserted::SameId(Box::new(found)));
             }
+            if name_is_reserved(transaction, row.name())? {
+                return Ok(Inserted::NameTaken);
+            }
             let added = transaction.execute(
                 "INSERT INTO vms (id, name, host, epoch, generation, confirmed, spec, definition)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) ON CONFLICT (name) DO NOTHING",
@@ -127,8 +131,8 @@ impl Store {
         .await
     }
 
-    /// Takes over what the owning host says of the VM: its definition and its epoch. Does nothing and answers `false` if
-    /// `host` is not the placement, or if something newer is known.
+    /// Takes over what the owning host says of the VM: its definition, name included, and its epoch. Does nothing and answers
+    /// `false` if `host` is not the placement, or if something newer is known.
     pub async fn confirm_vm(
         &self,
         host: &Name,
@@ -138,14 +142,16 @@ impl Store {
         let (host, definition) = (host.clone(), definition.clone());
         self.transact("confirm a VM", move |transaction| {
             let changed = transaction.execute(
-                "UPDATE vms SET epoch = ?3, generation = ?4, definition = ?5, confirmed = 1
-                 WHERE id = ?1 AND host = ?2 AND epoch <= ?3 AND generation <= ?4",
+                "UPDATE vms SET epoch = ?3, generation = ?4, definition = ?5, name = ?6, confirmed = 1
+                 WHERE id = ?1 AND host = ?2 AND epoch <= ?3 AND generation <= ?4
+                 AND NOT EXISTS (SELECT 1 FROM vms WHERE name = ?6 AND id <> ?1)",
                 params![
                     definition.id.to_string(),
                     host.as_str(),
                     to_column(epoch.0),
                     to_column(definition.generation),
                     serde_json::to_string(&definition)?,
+                    definition.name.as_str(),
                 ],
             )?;
             Ok(changed > 0)
@@ -178,6 +184,20 @@ impl Store {
         .await
     }
 
+    /// Gives a VM the name under which it has arrived; the migration has reserved it.
+    pub async fn rename_vm(&self, id: VmId, name: &Name) -> Result<(), StoreError> {
+        let name = name.clone();
+        self.transact("rename a VM", move |transaction| {
+            transaction.execute(
+                "UPDATE vms SET name = ?2, definition = json_set(definition, '$.name', ?2)
+                 WHERE id = ?1",
+                params![id.to_string(), name.as_str()],
+            )?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Forgets a VM, unless it is being migrated.
     pub async fn delete_vm(&self, id: VmId) -> Result<Deleted, StoreError> {
         self.transact("forget a VM", move |transaction| {
@@ -185,6 +205,7 @@ impl Store {
                 return Ok(Deleted::Migrating(migration.id));
             }
             transaction.execute("DELETE FROM vms WHERE id = ?1", [id.to_string()])?;
+            detach_vm(transaction, id)?;
             Ok(Deleted::Gone)
         })
         .await

@@ -1,0 +1,147 @@
+//! What can be asked of a migration while it runs: other settings, post-copy, holding it, completing it by force; and what was
+//! seen of it over time.
+//!
+//! The source's agent does it and has the last word. Refused here already is what does not fit the phase that is known: so
+//! nobody waits for a host to hear what is certain. The migration's page is not involved: what the source does it tells in its
+//! reports.
+
+use std::sync::Arc;
+
+use whimbrel_api::agent::{ListenAgain, OutgoingReport, RecoverOrder};
+use whimbrel_api::migration::{
+    LiveSettings, Migration, MigrationAction, MigrationState, MigrationStatistics, PostcopyState,
+};
+use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
+
+use crate::store::is_active;
+use crate::{Controller, policies};
+
+/// Changes a running migration.
+pub async fn set(
+    controller: &Arc<Controller>,
+    id: MigrationId,
+    settings: &LiveSettings,
+) -> Result<Migration, ApiError> {
+    policies::sound(&settings.validate())?;
+    let record = controller.migration(id).await?;
+    let of_precopy = settings.max_downtime_ms.or(settings.bandwidth_bytes_per_s).is_some();
+    match record.phase {
+        _ if !is_active(&record.state) => return Err(ended(&record)),
+        Phase::Precopy => {}
+        Phase::Postcopy if !of_precopy => {}
+        phase => {
+            let message = format!("{} is in {phase}", record.vm_name);
+            return Err(ApiError::new(ErrorCode::WrongState, message).hint(
+                "pause and bandwidth can be set while memory is copied, and in post-copy its own bandwidth",
+            ));
+        }
+    }
+    let source = controller.agent(&record.source)?;
+    let report = source.put_outgoing_settings(id, settings).await?;
+    answered(controller, id, &report).await
+}
+
+/// Orders something of a running migration.
+pub async fn act(
+    controller: &Arc<Controller>,
+    id: MigrationId,
+    action: MigrationAction,
+) -> Result<Migration, ApiError> {
+    let record = controller.migration(id).await?;
+    fits(&record, action)?;
+    let source = controller.agent(&record.source)?;
+    let report = match action {
+        MigrationAction::Recover => {
+            // The source asks by itself where it reaches the destination; the controller may reach it where the source does not.
+            let destination = controller.agent(&record.destination)?;
+            let again = destination.listen_again(id, &ListenAgain::default()).await;
+            let address = again.ok().map(|listening| listening.address);
+            source.recover_outgoing(id, &RecoverOrder { address }).await?
+        }
+        _ => source.outgoing_action(id, action).await?,
+    };
+    answered(controller, id, &report).await
+}
+
+/// The record as it is after the source's answer. The page takes the same report over; whoever asked need not wait for it.
+async fn answered(
+    controller: &Controller,
+    id: MigrationId,
+    report: &OutgoingReport,
+) -> Result<Migration, ApiError> {
+    let mut record = controller.migration(id).await?;
+    record.postcopy = report.postcopy.clone().or(record.postcopy);
+    record.strategy = report.strategy.clone().or(record.strategy);
+    Ok(record)
+}
+
+/// Whether an order fits how far a migration is known to be.
+fn fits(record: &Migration, action: MigrationAction) -> Result<(), ApiError> {
+    if !is_active(&record.state) {
+        return Err(ended(record));
+    }
+    let postcopy = record.postcopy.as_ref().map(|postcopy| &postcopy.state);
+    let wrong = |what: String, hint: &str| {
+        let message = format!("{} cannot {what}", record.vm_name);
+        Err(ApiError::new(ErrorCode::WrongState, message).hint(hint))
+    };
+    match (action, record.phase, postcopy) {
+        (MigrationAction::Postcopy, Phase::Precopy, _) => {
+            let ready = record.strategy.as_ref().is_some_and(|how| how.postcopy.is_some());
+            if ready {
+                return Ok(());
+            }
+            wrong(
+                "go on with post-copy: it was not made ready before the start".into(),
+                "cancel it, and migrate with --postcopy or a policy that allows post-copy",
+            )
+        }
+        (MigrationAction::ForceComplete, Phase::Precopy, _) => Ok(()),
+        (MigrationAction::Pause, Phase::Postcopy, Some(PostcopyState::Active)) => Ok(()),
+        (
+            MigrationAction::Resume,
+            Phase::Postcopy,
+            Some(PostcopyState::Paused { by_hand: true, .. }),
+        )
+        | (MigrationAction::Recover, Phase::Postcopy, Some(PostcopyState::Paused { .. })) => Ok(()),
+        (MigrationAction::Resume, Phase::Postcopy, Some(PostcopyState::Paused { .. })) => wrong(
+            "be resumed: nobody paused it, its connection is lost".into(),
+            "it recovers by itself when the way is back; `whimbrel migration recover` tries now",
+        ),
+        (MigrationAction::Postcopy | MigrationAction::ForceComplete, phase, _) => wrong(
+            format!("be ordered to do this in {phase}"),
+            "it can be ordered while memory is copied (precopy)",
+        ),
+        (MigrationAction::Pause, phase, _) => wrong(
+            format!("be paused in {phase}"),
+            "only post-copy can be held; before it, set a low bandwidth or cancel",
+        ),
+        (MigrationAction::Resume | MigrationAction::Recover, phase, _) => wrong(
+            format!("be taken up in {phase}: it is not paused"),
+            "`whimbrel migration show` tells how it is",
+        ),
+    }
+}
+
+fn ended(record: &Migration) -> ApiError {
+    match record.state {
+        MigrationState::Moved => super::handed_over(record),
+        _ => ApiError::new(ErrorCode::WrongState, "the migration has ended")
+            .hint("`whimbrel migration show` tells how"),
+    }
+}
+
+/// What was seen of a migration over time: while it runs, from its source; afterwards as it was written down.
+pub async fn statistics(
+    controller: &Controller,
+    id: MigrationId,
+) -> Result<MigrationStatistics, ApiError> {
+    let record = controller.migration(id).await?;
+    if let Some(kept) = controller.store().statistics(id).await? {
+        return Ok(kept);
+    }
+    if !is_active(&record.state) || record.phase < Phase::Precopy {
+        return Ok(MigrationStatistics::default());
+    }
+    controller.agent(&record.source)?.outgoing_statistics(id).await
+}
