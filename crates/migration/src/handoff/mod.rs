@@ -65,8 +65,8 @@
 //! `-S` on B nothing runs anywhere between A's stop and B's `cont`, so the release can wait until B
 //! holds the state. Until then A owns a guest whose memory is whole, and a cancel, a state that B
 //! cannot load and a B that dies all end at A. A release before the switchover would make each of
-//! them a VM that was given to a host that never held it. (QEMU may not let A use that memory, see
-//! `StopCopy`; then the VM has crashed on A, which is no worse.)
+//! them a VM that was given to a host that never held it. (What it takes to make QEMU let go of that
+//! memory stands below, with `StopCopy`.)
 //!
 //! - From `Owned` until A's `Completed` or B's `Fetched` **nobody ends either QEMU**: not a cancel, a
 //!   lease, a restart or a sweep. The records say so: `Serving` and `Fetching`.
@@ -188,8 +188,10 @@
 //! And it owes one act. After `migrate-continue` A's memory is whole, and yet QEMU does not run its
 //! guest ("Migration is not finalized yet") until the post-copy is over: 10.0 cancels none; 7.2 does
 //! while it is `postcopy-active`, and stays `cancelling` for ever once it is `postcopy-paused`. What
-//! ends it on both is `completed`. So `StopCopy` lets the rest be sent, as long as B's QEMU, which
-//! stands still, takes it; a guest whose QEMU cannot be brought to an end has crashed here.
+//! ends it on both is `completed`. So `StopCopy` pauses the stream (`migrate-pause`), lets QEMU
+//! resume it to the agent itself, and answers there that every page has been received: QEMU sends
+//! nothing, completes, and `cont` works. `Completed` is not reported for that. A guest whose QEMU
+//! cannot be brought to an end has crashed here.
 //!
 //! After `Owned` A's driver gives `Completed` when its QEMU says so, `StreamLost` when that says
 //! `failed` or `cancelled`; B's gives `Loaded` when its QEMU says `completed`. A restarted driver
