@@ -34,13 +34,20 @@ pub(crate) fn pool(given: Option<&Path>) -> Result<PoolClient, Failure> {
     };
     let config = ClientConfig::load(&path).map_err(unusable)?;
     let left = config.certificate().map_err(unusable)?.days_left(SystemTime::now());
-    if (0..EXPIRY_NOTE_DAYS).contains(&left) {
-        output::note(&format!(
-            "note: the certificate in {} expires in {left} days; `whimbrel pool renew` on the controller's machine makes a new one",
-            path.display()
-        ));
+    if let Some(note) = expiry_note(&path, left) {
+        output::note(&note);
     }
     PoolClient::from_config(&config).map_err(unusable)
+}
+
+/// What is said of an operator's certificate that is about to expire. One that has expired is told by the refusal.
+fn expiry_note(path: &Path, days_left: i64) -> Option<String> {
+    (0..EXPIRY_NOTE_DAYS).contains(&days_left).then(|| {
+        format!(
+            "note: the certificate in {} expires in {days_left} days; `whimbrel pool renew` on the controller's machine makes a new one",
+            path.display()
+        )
+    })
 }
 
 /// Where a `client.toml` is looked for, in this order.
@@ -100,5 +107,15 @@ mod tests {
         assert_eq!(failure.exit, crate::failure::Exit::Usage);
         let failure = pool(Some(&folder.path().join("none"))).unwrap_err();
         assert!(failure.message.contains("none"), "{}", failure.message);
+    }
+
+    #[test]
+    fn the_last_month_of_a_certificate_is_told() {
+        let note = |days| expiry_note(Path::new("/etc/client.toml"), days);
+        assert!(
+            note(EXPIRY_NOTE_DAYS - 1).unwrap().contains("/etc/client.toml expires in 29 days")
+        );
+        assert!(note(0).is_some());
+        assert_eq!((note(EXPIRY_NOTE_DAYS), note(-1)), (None, None));
     }
 }
