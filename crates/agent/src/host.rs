@@ -21,6 +21,7 @@ use crate::config::AgentConfig;
 use crate::failpoint::Failpoints;
 use crate::in_hand::InHand;
 use crate::ledger::{Ledger, Resource};
+use crate::measure::Links;
 use crate::migrate::Migrations;
 use crate::network::Networks;
 use crate::storage::Storages;
@@ -54,6 +55,8 @@ pub struct Host {
     pub vms: Vms,
     /// Its migrations.
     pub migrations: Migrations,
+    /// What it knows of the ways to other hosts.
+    pub links: Links,
 }
 
 impl Host {

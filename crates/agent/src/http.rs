@@ -1,11 +1,13 @@
 //! The agent's door: the calls of [`whimbrel_api::agent`]'s table, each translated and passed on.
 //!
-//! The controller may call everything. Agents may call the handoff of their own migration, which
-//! [`crate::migrate`] checks, and nothing else; operators and strangers may call nothing. No decision about a VM is
-//! taken here.
+//! The controller may call everything. Agents may call the handoff of their own migration and have its destination listen
+//! anew, which [`crate::migrate`] checks, have a probe of the way to here received ([`measure`]), and nothing else;
+//! operators and strangers may call nothing. No decision about a VM is taken here.
 
 mod console;
 mod events;
+mod measure;
+mod moving;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -59,9 +61,13 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/outgoing/{migration}/watch", get(events::watch))
         .route("/outgoing/{migration}/cancel", post(cancel))
         .route("/outgoing/{migration}/handoff", post(relay_answer))
+        .merge(measure::for_the_controller())
+        .merge(moving::for_the_controller())
         .layer(middleware::from_fn(controller_only));
     let agents = Router::new()
         .route("/incoming/{migration}/handoff", post(handoff))
+        .merge(measure::for_agents())
+        .merge(moving::for_agents())
         .layer(middleware::from_fn(controller_or_agent));
     Router::new()
         .nest("/v1", controllers.merge(agents))

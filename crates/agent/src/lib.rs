@@ -18,6 +18,7 @@ pub mod http;
 pub mod in_hand;
 pub mod join;
 pub mod ledger;
+pub mod measure;
 pub mod migrate;
 pub mod network;
 pub mod storage;
@@ -184,6 +185,7 @@ impl Agent {
             storages: Storages::default(),
             vms: vm::Vms::default(),
             migrations: migrate::Migrations::default(),
+            links: measure::Links::default(),
             config,
         });
         take_up(&host).await.map_err(AgentError::TakeUp)?;

@@ -34,6 +34,7 @@ use whimbrel_api::measure::{
 };
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, VmId};
+use whimbrel_qemu::engine::Accelerator;
 use whimbrel_qemu::machine::Machine;
 
 use crate::host::Host;
@@ -90,6 +91,7 @@ struct Subject {
     vm: VmId,
     machine: Machine,
     pid: u32,
+    accelerated: bool,
     vcpus: u32,
     memory_bytes: u64,
     _alone: Hold,
@@ -99,10 +101,8 @@ impl Subject {
     fn take(host: &Host, vm: VmId, what: &str) -> Result<Self, ApiError> {
         let (report, machine) = host.vms.session(vm)?;
         let name = &report.definition.name;
-        let (machine, pid) = match (&report.state, machine, &report.engine) {
-            (VmState::Running | VmState::Paused, Some(machine), Some(engine)) => {
-                (machine, engine.pid)
-            }
+        let (machine, engine) = match (&report.state, machine, &report.engine) {
+            (VmState::Running | VmState::Paused, Some(machine), Some(engine)) => (machine, engine),
             (VmState::Migrating { migration }, ..) => {
                 let why = format!(
                     "VM `{name}` is being migrated (migration {migration}) and is not measured meanwhile"
@@ -119,9 +119,15 @@ impl Subject {
                 .hint("wait for it and try again")
         };
         let alone = host.in_hand.hold_alone(&format!("{what} of VM {vm}")).ok_or_else(busy)?;
-        let definition = report.definition;
-        let (vcpus, memory_bytes) = (definition.vcpus, definition.memory_bytes);
-        Ok(Self { vm, machine, pid, vcpus, memory_bytes, _alone: alone })
+        Ok(Self {
+            vm,
+            machine,
+            pid: engine.pid,
+            accelerated: engine.accelerator == Accelerator::Kvm.as_wire(),
+            vcpus: report.definition.vcpus,
+            memory_bytes: report.definition.memory_bytes,
+            _alone: alone,
+        })
     }
 
     fn memory(&self) -> Result<GuestMemory, ApiError> {

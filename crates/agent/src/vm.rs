@@ -34,6 +34,7 @@ use tokio::task::JoinSet;
 use whimbrel_api::agent::{Mobility, VmReport};
 use whimbrel_api::vm::{Boot, VmAction, VmDefinition, VmState};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name, VmId};
+use whimbrel_qemu::machine::Machine;
 
 pub use create::create;
 pub use running::{RunDir, RunningVm, Spawned};
@@ -187,6 +188,15 @@ impl Vms {
             return Err(ApiError::new(ErrorCode::WrongState, message));
         };
         self.consoles.open(&place).await
+    }
+
+    /// How a VM is, and the session with its QEMU, for measurements: questions that change nothing of the guest.
+    ///
+    /// # Errors
+    /// `not-found`.
+    pub(crate) fn session(&self, vm: VmId) -> Result<(VmReport, Option<Machine>), ApiError> {
+        let Published { report, machine, .. } = self.task(vm)?.published.borrow().clone();
+        Ok((report, machine))
     }
 
     /// What of a VM matters to whoever wants to move it.

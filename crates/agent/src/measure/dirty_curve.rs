@@ -35,18 +35,18 @@ pub(super) async fn measure(
     let memory_bytes = memory.bytes();
     let (begun, busy_before) = (Instant::now(), cpu::of_process(pid));
     let first = blocking(move || Watch::begin(memory, sample_pages, &mut Dice::new()));
-    let (mut watch, first) = timed(first).await?;
+    let mut watch = first.await?;
     let mut curve = Vec::with_capacity(request.windows_ms.len());
     for window_ms in &request.windows_ms {
         sleep_until(begun + Duration::from_millis(*window_ms)).await;
         let look = blocking(move || {
-            watch.look()?;
-            Ok(watch)
+            let window = watch.look()?;
+            Ok((watch, window))
         });
-        let (looked, at) = timed(look).await?;
+        let (looked, window) = look.await?;
         watch = looked;
-        let window = u64::try_from((at - first).as_millis()).unwrap_or(u64::MAX);
-        curve.push(point(window, watch.changed, watch.pages.len()));
+        let window_ms = u64::try_from(window.as_millis()).unwrap_or(u64::MAX);
+        curve.push(point(window_ms, watch.changed, watch.pages.len()));
     }
     let windows = curve.iter().map(|point| DirtyWindow {
         window_ms: point.window_ms,
@@ -65,16 +65,6 @@ pub(super) async fn measure(
     })
 }
 
-/// What came out, and when: in the middle between beginning and end, since the first page was looked at then and the last
-/// one now.
-async fn timed<T>(
-    look: impl Future<Output = Result<T, ApiError>>,
-) -> Result<(T, Instant), ApiError> {
-    let begun = Instant::now();
-    let outcome = look.await?;
-    Ok((outcome, begun + begun.elapsed() / 2))
-}
-
 fn point(window_ms: u64, changed: usize, sampled: usize) -> DirtyPoint {
     let (hits, all) = (changed as f64, sampled.max(1) as f64);
     // One hit and one miss more than seen (after Laplace): nothing seen is not nothing for sure.
@@ -90,54 +80,68 @@ fn point(window_ms: u64, changed: usize, sampled: usize) -> DirtyPoint {
 /// Sampled pages that are watched.
 struct Watch {
     memory: GuestMemory,
-    /// What each page held at first, hashed; none once it has changed.
-    pages: Vec<(u64, Option<u64>)>,
+    /// Rising by page.
+    pages: Vec<Watched>,
     hasher: RandomState,
     changed: usize,
     /// Processor time that the looks have taken.
     cpu: Duration,
 }
 
+struct Watched {
+    page: u64,
+    /// What it held at first, hashed; none once it has changed.
+    held: Option<u64>,
+    /// When it held that.
+    since: Instant,
+}
+
 impl Watch {
     fn begin(memory: GuestMemory, sample_pages: u64, dice: &mut Dice) -> Result<Self, MemoryError> {
         let sample = spread(memory.pages(), sample_pages, dice);
-        let mut watch = Self {
-            memory,
-            pages: Vec::new(),
-            hasher: RandomState::new(),
-            changed: 0,
-            cpu: Duration::ZERO,
-        };
+        let (hasher, cpu) = (RandomState::new(), Duration::ZERO);
+        let mut watch = Self { memory, pages: Vec::new(), hasher, changed: 0, cpu };
         // What is swapped out is hardly being written; bringing it back would disturb more than it tells.
         let mut pages = Vec::with_capacity(sample.len());
-        watch.hashes(&sample, |page, hash| pages.push((page, Some(hash))))?;
+        watch.hashes(&sample, |page, hash, since| {
+            pages.push(Watched { page, held: Some(hash), since });
+        })?;
         watch.pages = pages;
         Ok(watch)
     }
 
-    /// Compares what has not changed yet.
-    fn look(&mut self) -> Result<(), MemoryError> {
-        let unchanged: Vec<u64> =
-            self.pages.iter().filter(|page| page.1.is_some()).map(|page| page.0).collect();
+    /// Compares what has not changed yet. Says how long after the first look a page was looked at, in the mean: on a busy
+    /// host a look takes its time.
+    fn look(&mut self) -> Result<Duration, MemoryError> {
+        let unchanged = self.pages.iter().filter(|watched| watched.held.is_some());
+        let unchanged: Vec<u64> = unchanged.map(|watched| watched.page).collect();
         let mut now = Vec::with_capacity(unchanged.len());
-        self.hashes(&unchanged, |page, hash| now.push((page, hash)))?;
+        self.hashes(&unchanged, |page, hash, at| now.push((page, hash, at)))?;
+        let (mut looked_at, mut waited) = (0, Duration::ZERO);
         let mut now = now.into_iter().peekable();
-        // Both rise by page; a page that is swapped out by now is missing, and has not changed as far as is known.
-        for (page, held) in &mut self.pages {
-            let Some((_, hash)) = now.next_if(|(found, _)| found == page) else { continue };
-            if *held != Some(hash) {
-                *held = None;
+        for watched in &mut self.pages {
+            // A page that is swapped out by now is missing, and has not changed as far as is known.
+            let Some((_, hash, at)) = now.next_if(|found| found.0 == watched.page) else {
+                continue;
+            };
+            looked_at += 1;
+            waited += at - watched.since;
+            if watched.held != Some(hash) {
+                watched.held = None;
                 self.changed += 1;
             }
         }
-        Ok(())
+        // Where all had changed before, there was nothing to look at.
+        let since = |watched: &Watched| watched.since.elapsed();
+        let window = waited.checked_div(looked_at);
+        Ok(window.or_else(|| self.pages.first().map(since)).unwrap_or_default())
     }
 
-    /// What pages hold, hashed, in their order and without those that are swapped out.
+    /// What pages hold, hashed, and when; in their order and without those that are swapped out.
     fn hashes(
         &mut self,
         pages: &[u64],
-        mut found: impl FnMut(u64, u64),
+        mut found: impl FnMut(u64, u64, Instant),
     ) -> Result<(), MemoryError> {
         let begun = cpu::of_this_thread();
         let nothing = self.hasher.hash_one([0_u8; PAGE].as_slice());
@@ -151,13 +155,16 @@ impl Watch {
             let there: Vec<u64> =
                 with().filter(|page| page.1 == Presence::There).map(|page| page.0).collect();
             self.memory.read(&there, &mut buffer)?;
+            let now = Instant::now();
             let mut held = buffer.chunks_exact(PAGE);
             for (page, presence) in with() {
                 match presence {
                     Presence::There => {
-                        found(page, held.next().map_or(nothing, |held| self.hasher.hash_one(held)));
+                        let held = held.next();
+                        let hash = held.map_or(nothing, |held| self.hasher.hash_one(held));
+                        found(page, hash, now);
                     }
-                    Presence::Untouched => found(page, nothing),
+                    Presence::Untouched => found(page, nothing, now),
                     Presence::Swapped => {}
                 }
             }

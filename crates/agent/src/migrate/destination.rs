@@ -10,11 +10,11 @@
 //!
 //! A source that is not heard of for [`LEASE_SECONDS`] before its GO is given up: nothing waits here for ever.
 //!
-//! Not here: HTTP, the source's side, who may ask (all in [`super`]).
+//! What comes after the guest in post-copy is [`fetching`]. Not here: HTTP, the source's side, who may ask (all in [`super`]).
 
-use std::future::Future;
+mod fetching;
+
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -22,7 +22,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::yield_now;
 use tokio::time::{Interval, sleep};
 use tracing::{debug, error, info, warn};
-use whimbrel_api::agent::{Handoff, IncomingOffer, IncomingReport, IncomingRequest, Resumed};
+use whimbrel_api::agent::{
+    Handoff, IncomingOffer, IncomingReport, IncomingRequest, NewAddress, Receive, ReceiveSettings,
+    Resumed,
+};
 use whimbrel_api::error::chain;
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId};
@@ -34,13 +37,13 @@ use whimbrel_pki::identity::qemu_subject;
 use whimbrel_pki::qemu_credentials::{QemuSide, remove_qemu_credentials, write_qemu_credentials};
 use whimbrel_qemu::event::{EventKind, Events};
 use whimbrel_qemu::machine::{RunState, Status};
-use whimbrel_qemu::migrate::incoming::{
-    self, IncomingError, IncomingSettings, IncomingTls, Loaded,
-};
+use whimbrel_qemu::migrate::Statistics;
+use whimbrel_qemu::migrate::incoming::{self, IncomingError, IncomingSettings, IncomingTls};
 use whimbrel_qemu::qmp::QmpError;
 
+use self::fetching::{Came, Loading, wait_loaded};
 use super::driver::{Side, drive, ended, ticks, written};
-use super::{migration_ip, remember_incoming};
+use super::{migration_ip, remember_incoming, settings};
 use crate::host::Host;
 use crate::vm::found::{has_ended, hear_again};
 use crate::vm::spawn::{Purpose, destroy, spawn};
@@ -60,9 +63,9 @@ pub(super) enum Order {
     Message(Message, oneshot::Sender<Handoff>),
     /// Take it down, if GO has not come.
     Abandon(String),
+    /// Listen anew: the connection of a post-copy is lost.
+    ListenAgain(oneshot::Sender<Result<NewAddress, ApiError>>),
 }
-
-type Loading = Pin<Box<dyn Future<Output = Result<Loaded, IncomingError>> + Send>>;
 
 /// One VM on its way in.
 pub(super) struct Arrival {
@@ -74,6 +77,8 @@ pub(super) struct Arrival {
     /// The QEMU, once it has been started.
     target: Option<Spawned>,
     loading: Option<Loading>,
+    /// QEMU's figures, from post-copy on.
+    statistics: watch::Sender<Statistics>,
     /// What whoever asked for the preparation gets.
     offer: watch::Sender<Option<Result<IncomingOffer, ApiError>>>,
     /// How this side is, for whoever looks.
@@ -93,6 +98,7 @@ pub(super) struct Arrival {
 pub(super) struct Voices {
     pub(super) offer: watch::Sender<Option<Result<IncomingOffer, ApiError>>>,
     pub(super) report: watch::Sender<IncomingReport>,
+    pub(super) statistics: watch::Sender<Statistics>,
 }
 
 /// A stopped QEMU that listens for exactly one source. On failure nothing is left of it.
@@ -119,22 +125,30 @@ async fn listen(
     target: &Spawned,
     request: &IncomingRequest,
 ) -> Result<SocketAddr, ApiError> {
+    let receive = guest_settings(request)?;
     let user = host.qemu_user();
     let credentials_dir = target.dir.tls_folder();
     write_qemu_credentials(&host.identity, &credentials_dir, QemuSide::Server, user.uid, user.gid)
         .map_err(|error| ApiError::internal("QEMU's certificates cannot be laid out", &error))?;
+    let authorized_dn = qemu_subject(request.source.as_str());
     let settings = IncomingSettings {
-        address: migration_ip(host, None).await?,
+        address: migration_ip(host, receive.listen.as_deref()).await?,
         ports: host.config.migration_port_range(),
-        stream: whimbrel_qemu::migrate::Stream::default(),
-        tls: Some(IncomingTls {
-            credentials_dir,
-            authorized_dn: qemu_subject(request.source.as_str()),
-        }),
+        stream: settings::received(receive),
+        tls: receive.tls.then_some(IncomingTls { credentials_dir, authorized_dn }),
     };
     let listening = incoming::prepare(&target.machine, &settings).await;
     let listening = listening.map_err(|error| ApiError::new(ErrorCode::Engine, chain(&error)))?;
     Ok(listening.address)
+}
+
+fn guest_settings(request: &IncomingRequest) -> Result<&ReceiveSettings, ApiError> {
+    match &request.receive {
+        Receive::Guest(settings) => Ok(settings),
+        Receive::Definition => {
+            Err(ApiError::new(ErrorCode::BadRequest, "a definition needs no QEMU to receive it"))
+        }
+    }
 }
 
 /// Everything that an arrival listens to besides its own work.
@@ -152,7 +166,7 @@ impl Arrival {
         (request, ticket): (IncomingRequest, String),
         rules: Destination,
         target: Option<Spawned>,
-        Voices { offer, report }: Voices,
+        Voices { offer, report, statistics }: Voices,
     ) -> Self {
         let loading = target.as_ref().map(wait_loaded);
         Self {
@@ -163,6 +177,7 @@ impl Arrival {
             rules,
             target,
             loading,
+            statistics,
             offer,
             report,
             waiting: Vec::new(),
@@ -178,20 +193,33 @@ impl Arrival {
     /// Postcondition: the rules are finished. Either this host owns the VM and its task has it, or the QEMU is gone with
     /// all that was made for it, and this host will never run the guest in this epoch.
     pub(super) async fn run(mut self, first: Vec<Action>, orders: mpsc::Receiver<Order>) {
+        if self.rules.lacks_memory() {
+            // It is taken up again: the guest is here, and the rest of its memory still comes.
+            self.fetch();
+        }
         let ears = Ears { orders, tick: ticks(), deaf_to_qemu: false };
         drive(&mut self, first, ears).await;
         self.finish().await;
     }
 
-    fn ordered(&mut self, order: Order) -> DestinationInput {
+    fn ordered(&mut self, order: Order) -> Option<DestinationInput> {
         match order {
             Order::Message(message, answer) => {
                 self.heard = Instant::now();
                 self.waiting.push((Instant::now(), answer));
-                DestinationInput::Receive(message)
+                Some(DestinationInput::Receive(message))
             }
-            Order::Abandon(why) => DestinationInput::Abandon(why),
+            Order::Abandon(why) => Some(DestinationInput::Abandon(why)),
+            Order::ListenAgain(answer) => {
+                self.listen_again(answer);
+                None
+            }
         }
+    }
+
+    /// The address that the migration wants listened at, if it names one.
+    fn listen_at(&self) -> Option<&str> {
+        guest_settings(&self.request).ok()?.listen.as_deref()
     }
 
     /// Lets nobody wait longer than [`ANSWER_SECONDS`], and looks after the lease.
@@ -443,11 +471,14 @@ impl Side for Arrival {
                     "a guest runs here that this host does not own; it is left alone: an operator must look");
                 None
             }
+            Action::LookForRest => self.look_for_rest().await,
+            Action::ResumeGuest => {
+                self.resume_guest().await;
+                None
+            }
             Action::BeginCopy
             | Action::StopCopy
-            | Action::ResumeGuest
             | Action::QuitSource
-            | Action::LookForRest
             | Action::AcceptCancel
             | Action::RefuseCancel => {
                 error!(migration = %self.id, "the rules asked the destination for a source's action");
@@ -459,14 +490,8 @@ impl Side for Arrival {
     async fn listen(&mut self, ears: &mut Ears) -> Option<DestinationInput> {
         let process = self.target.as_ref().map(|target| &target.process);
         tokio::select! {
-            Some(order) = ears.orders.recv() => Some(self.ordered(order)),
-            loaded = until_loaded(&mut self.loading), if self.loading.is_some() => {
-                self.loading = None;
-                Some(match loaded {
-                    Ok(_) => DestinationInput::Loaded,
-                    Err(error) => DestinationInput::Abandon(chain(&error)),
-                })
-            }
+            Some(order) = ears.orders.recv() => self.ordered(order),
+            came = until_loaded(&mut self.loading), if self.loading.is_some() => self.came(came),
             () = ended(process), if !ears.deaf_to_qemu && process.is_some() => {
                 ears.deaf_to_qemu = true;
                 Some(DestinationInput::QemuGone)
@@ -476,13 +501,8 @@ impl Side for Arrival {
     }
 }
 
-fn wait_loaded(target: &Spawned) -> Loading {
-    let machine = target.machine.clone();
-    Box::pin(async move { incoming::wait_loaded(&machine).await })
-}
-
 /// Resolves when the loading has ended; only asked while there is one.
-async fn until_loaded(loading: &mut Option<Loading>) -> Result<Loaded, IncomingError> {
+async fn until_loaded(loading: &mut Option<Loading>) -> Result<Came, IncomingError> {
     match loading {
         Some(loading) => loading.await,
         None => std::future::pending().await,

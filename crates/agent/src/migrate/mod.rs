@@ -19,9 +19,14 @@
 mod destination;
 mod driver;
 mod knock;
+mod orders;
 mod recover;
+mod settings;
 mod source;
 
+pub use orders::{
+    act, incoming_statistics, listen_again, outgoing_statistics, recover as recover_by_order, set,
+};
 pub use recover::recover;
 
 use std::collections::HashMap;
@@ -46,7 +51,9 @@ use whimbrel_migration::handoff::{self, Destination, NotAdmitted};
 use whimbrel_pki::grant::SignedGrant;
 use whimbrel_pki::identity::Peer;
 use whimbrel_pki::token::Secret;
+use whimbrel_qemu::migrate::Statistics;
 
+use self::source::samples::Samples;
 use crate::host::Host;
 use crate::ledger::{LedgerError, MigrationRow, Side};
 use crate::vm::RunningVm;
@@ -85,6 +92,7 @@ struct Incoming {
     orders: mpsc::Sender<destination::Order>,
     offer: watch::Receiver<Option<Result<IncomingOffer, ApiError>>>,
     report: watch::Receiver<IncomingReport>,
+    statistics: watch::Receiver<Statistics>,
 }
 
 /// An outgoing migration, seen from outside of its task.
@@ -93,6 +101,7 @@ struct Outgoing {
     vm: VmId,
     orders: mpsc::Sender<source::Order>,
     report: watch::Sender<OutgoingReport>,
+    samples: Samples,
 }
 
 impl Outgoing {
@@ -244,6 +253,7 @@ fn begin_arrival(
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let (offer, offered) = watch::channel(None);
     let (report, reported) = watch::channel(IncomingReport::Waiting);
+    let (statistics, figures) = watch::channel(Statistics::default());
     {
         let mut open = host.migrations.open();
         open.admit(vm)?;
@@ -255,6 +265,7 @@ fn begin_arrival(
             orders,
             offer: offered,
             report: reported,
+            statistics: figures,
         };
         open.incoming.insert(id, incoming);
     }
@@ -263,7 +274,7 @@ fn begin_arrival(
         let admitted = admit_arrival(&host, id, &request, &ticket).await;
         match admitted {
             Ok((rules, first)) => {
-                let voices = destination::Voices { offer, report };
+                let voices = destination::Voices { offer, report, statistics };
                 let arrival = destination::Arrival::new(
                     host.clone(),
                     id,
@@ -434,12 +445,16 @@ async fn begin_departure(
     let peer = host.agent_client(&request.destination, &request.offer.agent)?;
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let report = watch::Sender::new(OutgoingReport::begun(id, request.vm));
+    let samples = Samples::default();
     {
         let mut open = host.migrations.open();
         open.admit(request.vm)?;
-        open.outgoing.insert(id, Outgoing { vm: request.vm, orders, report: report.clone() });
+        let samples = samples.clone();
+        let outgoing = Outgoing { vm: request.vm, orders, report: report.clone(), samples };
+        open.outgoing.insert(id, outgoing);
     }
-    let begun = source::Departure::begin(host, id, &request, peer, report.clone()).await;
+    let voices = source::Voices { report: report.clone(), samples };
+    let begun = source::Departure::begin(host, id, &request, peer, voices).await;
     let (departure, first) = begun.inspect_err(|_| {
         host.migrations.open().outgoing.remove(&id);
     })?;
@@ -533,9 +548,9 @@ async fn remember_outgoing(
     host.ledger.put_migration(&row).await
 }
 
-/// The address that this host's QEMUs listen on for guests: the one that was asked for, else that of its configuration.
-async fn migration_ip(host: &Host, asked: Option<&str>) -> Result<IpAddr, ApiError> {
-    let name = asked.map_or_else(|| host.config.migration_host(), str::to_owned);
+/// The address that this host's QEMUs listen on for guests: the one that a migration names, or that of the configuration.
+async fn migration_ip(host: &Host, named: Option<&str>) -> Result<IpAddr, ApiError> {
+    let name = named.map_or_else(|| host.config.migration_host(), str::to_owned);
     let found = tokio::net::lookup_host((name.as_str(), 0)).await;
     let address = found.ok().and_then(|mut addresses| addresses.next());
     address.map(|address| address.ip()).ok_or_else(|| {
@@ -543,7 +558,7 @@ async fn migration_ip(host: &Host, asked: Option<&str>) -> Result<IpAddr, ApiErr
             ErrorCode::NoResources,
             format!("this host's migration address {name} has no IP address here"),
         )
-        .hint("correct `migration_address` in the agent's configuration, or the one in the request")
+        .hint("correct `migration_address` in the agent's configuration, or the address that the migration names")
     })
 }
 

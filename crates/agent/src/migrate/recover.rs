@@ -7,8 +7,10 @@
 //! Called once by [`crate::run`], after the VMs have been found again and before the door opens.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
 use tracing::{info, warn};
 use whimbrel_api::agent::{
     IncomingReport, IncomingRequest, OutgoingEnd, OutgoingReport, OutgoingRequest,
@@ -18,7 +20,9 @@ use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, Phase};
 use whimbrel_migration::handoff::{self, Observed, Ownership, Recovered, Standing};
 use whimbrel_qemu::machine::RunState;
+use whimbrel_qemu::migrate::Statistics;
 
+use super::source::samples::Samples;
 use super::{
     Incoming, IncomingState, ORDERS_MAX, Outgoing, depart, destination, source, watch_over,
 };
@@ -68,7 +72,8 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
         if ended.is_none() {
             report.end = end_of(record.as_ref());
         }
-        let ended = Outgoing { vm: row.vm, orders, report: watch::Sender::new(report) };
+        let (report, samples) = (watch::Sender::new(report), Samples::default());
+        let ended = Outgoing { vm: row.vm, orders, report, samples };
         host.migrations.open().outgoing.insert(row.id, ended);
         return Ok(());
     };
@@ -84,11 +89,10 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
         .and_then(|vm| vm.run);
     let run = runs.iter().find(|record| Some(&record.name) == run.as_ref()).cloned();
     let peer = host.agent_client(&request.destination, &request.offer.agent)?;
-    let report = watch::Sender::new(report);
-    host.migrations
-        .open()
-        .outgoing
-        .insert(row.id, Outgoing { vm: row.vm, orders, report: report.clone() });
+    let (report, samples) = (watch::Sender::new(report), Samples::default());
+    let voices = source::Voices { report: report.clone(), samples: samples.clone() };
+    let known = Outgoing { vm: row.vm, orders, report, samples };
+    host.migrations.open().outgoing.insert(row.id, known);
     let (host, open) = (host.clone(), open.clone());
     watch_over(&host.clone(), row.vm, async move {
         let (qemu, observed) = look(&host, run.as_ref()).await;
@@ -96,7 +100,7 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
         if let (Recovered::Source(rules), first) = handoff::recover(&open, observed) {
             let guest = qemu.map(|qemu| RunningVm { qemu, ownership: open });
             let departure =
-                source::Departure::new(&host, row.id, request, (rules, guest), peer, report);
+                source::Departure::new(&host, row.id, request, (rules, guest), peer, voices);
             depart(&host, departure, first, inbox).await;
         }
     });
@@ -138,9 +142,18 @@ async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
         _ => IncomingReport::Refused { why: "the destination's agent was restarted".to_owned() },
     };
     let (report, reported) = watch::channel(first_report);
+    let (statistics, figures) = watch::channel(Statistics::default());
     let source = request.source.clone();
     let ticket = state.ticket.clone();
-    let known = Incoming { vm: row.vm, source, ticket, orders, offer: offered, report: reported };
+    let known = Incoming {
+        vm: row.vm,
+        source,
+        ticket,
+        orders,
+        offer: offered,
+        report: reported,
+        statistics: figures,
+    };
     host.migrations.open().incoming.insert(row.id, known);
     if !record.is_open() {
         return Ok(());
@@ -155,7 +168,7 @@ async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
             sweep_run(&host, &run.name, &run.taps).await;
         }
         if let (Recovered::Destination(rules), first) = handoff::recover(&record, observed) {
-            let voices = destination::Voices { offer, report };
+            let voices = destination::Voices { offer, report, statistics };
             let request = (request, state.ticket);
             destination::Arrival::new(host, row.id, request, rules, target, voices)
                 .run(first, inbox)
@@ -176,11 +189,16 @@ async fn look(host: &Arc<Host>, run: Option<&RunRecord>) -> (Option<Spawned>, Ob
             Ok(status) if status.run_state == RunState::InMigrate => {
                 return (Some(*qemu), Observed::Incoming);
             }
-            Ok(_) => return (Some(*qemu), Observed::Stopped),
+            Ok(_) => match Statistics::query(qemu.machine.qmp()).await {
+                Ok(seen) if seen.status.is_postcopy() => {
+                    return (Some(*qemu), Observed::Part);
+                }
+                Ok(_) => return (Some(*qemu), Observed::Stopped),
+                Err(_) => sleep(Duration::from_millis(handoff::RESEND_INTERVAL_MS)).await,
+            },
             Err(_) if qemu.process.exited().is_some() => return (None, Observed::Gone),
             Err(_) => {
-                tokio::time::sleep(std::time::Duration::from_millis(handoff::RESEND_INTERVAL_MS))
-                    .await
+                sleep(Duration::from_millis(handoff::RESEND_INTERVAL_MS)).await;
             }
         }
     }

@@ -9,17 +9,22 @@
 //! errors, and what cannot be done is tried again at the next tick.
 //!
 //! The VM is taken by value from its task ([`RunningVm`]) and given back by [`Ended`]. Each in its own file: [`mod@copy`],
-//! the questions to the destination ([`asking`]), the guest that stays or is gone ([`guest`]), this host's [`word`], and the
-//! figures of the [`pause`]. Not here: HTTP, the destination's side, what QEMU is told ([`whimbrel_qemu::migrate::outgoing`]). Called by
-//! [`super::Migrations`].
+//! how it is steered ([`steering`]), what follows it in post-copy ([`serving`]), the questions to the destination
+//! ([`asking`]), the guest that stays or is gone ([`guest`]), this host's [`word`],
+//! and the figures ([`pause`], [`samples`]). Not here: HTTP, the destination's side, what QEMU is told
+//! ([`whimbrel_qemu::migrate::outgoing`]). Called by [`super::Migrations`].
 
 mod asking;
 mod copy;
 mod guest;
 mod pause;
+pub(super) mod samples;
+mod serving;
+mod steering;
 mod word;
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,29 +36,29 @@ use tracing::{debug, error};
 use whimbrel_api::agent::{OutgoingEnd, OutgoingReport, OutgoingRequest};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::error::chain;
-use whimbrel_api::migration::Stay;
+use whimbrel_api::migration::{LiveSettings, MigrationAction, Stay};
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
 use whimbrel_migration::handoff::{
     Action, Body, Claim, Message, Source, SourceInput, UNRESOLVED_AFTER_MS,
 };
 use whimbrel_migration::phase::Outcome;
-use whimbrel_pki::identity::qemu_dns_name;
 use whimbrel_pki::qemu_credentials::{QemuSide, write_qemu_credentials};
 use whimbrel_qemu::event::{Event, EventError, EventKind, Events};
 use whimbrel_qemu::migrate::Statistics;
-use whimbrel_qemu::migrate::outgoing::{
-    self, DEFAULT_MAX_DOWNTIME_MS, OutgoingSettings, OutgoingTls,
-};
+use whimbrel_qemu::migrate::outgoing::{self, Completed, OutgoingError, OutgoingSettings};
 use whimbrel_qemu::process::Process;
 
 use self::asking::Asking;
-use self::copy::{CONFIRM_SECONDS, Copying};
+use self::copy::{CONFIRM_SECONDS, Copying, enter};
 use self::guest::remove_credentials;
 use self::pause::Pause;
+use self::samples::Samples;
+use self::serving::Rest;
+use self::steering::Steering;
 use super::destination::LEASE_SECONDS;
 use super::driver::{Side, drive, ended, ticks};
-use super::{refused, remember_outgoing};
+use super::{refused, remember_outgoing, settings};
 use crate::host::Host;
 use crate::vm::RunningVm;
 
@@ -67,6 +72,16 @@ pub(super) enum Order {
     Cancel(oneshot::Sender<bool>),
     /// What the destination said, brought by the controller.
     Answer(Message),
+    /// Other limits; answered whether they are taken.
+    Set(LiveSettings, oneshot::Sender<Result<(), ApiError>>),
+    /// What can be ordered while it runs; answered whether it fits. The address is where a destination listens anew.
+    Act(MigrationAction, Option<SocketAddr>, oneshot::Sender<Result<(), ApiError>>),
+}
+
+/// What a departure tells to others.
+pub(super) struct Voices {
+    pub(super) report: watch::Sender<OutgoingReport>,
+    pub(super) samples: Samples,
 }
 
 /// How it ended, with the VM that was lent, if it still has a QEMU here.
@@ -87,8 +102,12 @@ pub(super) struct Departure {
     peer: AgentClient,
     settings: OutgoingSettings,
     pub(super) report: watch::Sender<OutgoingReport>,
+    samples: Samples,
     statistics: watch::Sender<Statistics>,
+    steering: Steering,
     copying: Option<Copying>,
+    /// Post-copy, from the moment that the guest's state has been sent.
+    serving: Option<Rest>,
     asking: FuturesUnordered<Asking>,
     cancels: Vec<oneshot::Sender<bool>>,
     /// When the destination last answered anything, or took more of the guest.
@@ -126,13 +145,13 @@ impl Departure {
         id: MigrationId,
         request: &OutgoingRequest,
         peer: AgentClient,
-        report: watch::Sender<OutgoingReport>,
+        voices: Voices,
     ) -> Result<(Self, Vec<Action>), ApiError> {
         let guest = host.vms.lend(request.vm, id).await?;
         match Self::ready(host, id, request, &guest).await {
             Ok((rules, first)) => {
                 let departure =
-                    Self::new(host, id, request.clone(), (rules, Some(guest)), peer, report);
+                    Self::new(host, id, request.clone(), (rules, Some(guest)), peer, voices);
                 Ok((departure, first))
             }
             Err(error) => {
@@ -176,20 +195,12 @@ impl Departure {
         request: OutgoingRequest,
         (rules, guest): (Source, Option<RunningVm>),
         peer: AgentClient,
-        report: watch::Sender<OutgoingReport>,
+        Voices { report, samples }: Voices,
     ) -> Self {
         let credentials_dir =
             guest.as_ref().map(|guest| guest.qemu.dir.tls_folder()).unwrap_or_default();
-        let settings = OutgoingSettings {
-            to: request.offer.address,
-            tls: Some(OutgoingTls {
-                credentials_dir,
-                hostname: qemu_dns_name(request.destination.as_str()),
-            }),
-            max_downtime_ms: request.options.max_downtime_ms.unwrap_or(DEFAULT_MAX_DOWNTIME_MS),
-            max_bandwidth_bytes_per_second: request.options.bandwidth_bytes_per_s.unwrap_or(0),
-            ..OutgoingSettings::to(request.offer.address, None)
-        };
+        let settings = settings::outgoing(&request, credentials_dir);
+        let steering = Steering::of(&request);
         let released_at = rules.is_past_release().then(Instant::now);
         Self {
             host: host.clone(),
@@ -200,8 +211,11 @@ impl Departure {
             peer,
             settings,
             report,
+            samples,
             statistics: watch::Sender::new(Statistics::default()),
+            steering,
             copying: None,
+            serving: None,
             asking: FuturesUnordered::new(),
             answer_due: false,
             cancels: Vec::new(),
@@ -219,6 +233,10 @@ impl Departure {
     /// Postcondition: the rules are finished. `Stayed`: this host owns the VM, and the guest runs if it shall and can. `Moved`: the
     /// destination has said that it owns the VM, and what was its QEMU here is ending.
     pub(super) async fn run(mut self, first: Vec<Action>, orders: mpsc::Receiver<Order>) -> Ended {
+        if self.rules.is_past_release() {
+            // It is taken up again, and may be sending memory still: what was said meanwhile is not said again.
+            self.serve_again().await;
+        }
         let ears = Ears {
             orders,
             statistics: self.statistics.subscribe(),
@@ -231,21 +249,44 @@ impl Departure {
         self.finish().await
     }
 
-    fn ordered(&mut self, order: Order) -> SourceInput {
+    fn ordered(&mut self, order: Order) -> Option<SourceInput> {
         match order {
             Order::Answer(message) => {
                 if message.body == Body::Refused {
                     self.refused_there();
                 }
-                SourceInput::Receive(message)
+                Some(SourceInput::Receive(message))
+            }
+            Order::Set(settings, answer) => {
+                // Whoever ordered may have gone.
+                let _gone = answer.send(self.set(&settings));
+                None
+            }
+            Order::Act(action, to, answer) => {
+                let _gone = answer.send(self.act_by_order(action, to));
+                None
             }
             Order::Cancel(answer) => {
                 self.cancels.push(answer);
                 if !self.rules.is_past_release() {
                     self.why.get_or_insert(Stay::Cancelled);
                 }
-                SourceInput::Cancel
+                Some(SourceInput::Cancel)
             }
+        }
+    }
+
+    fn act_by_order(
+        &mut self,
+        action: MigrationAction,
+        to: Option<SocketAddr>,
+    ) -> Result<(), ApiError> {
+        match action {
+            MigrationAction::Postcopy => self.order_postcopy(),
+            MigrationAction::ForceComplete => self.order_completion(),
+            MigrationAction::Pause => self.order_pause(),
+            MigrationAction::Resume => self.order_resume(),
+            MigrationAction::Recover => self.order_recovery(to),
         }
     }
 
@@ -362,7 +403,11 @@ impl Side for Departure {
     type Ears = Ears;
 
     fn step(&mut self, input: SourceInput) -> Vec<Action> {
-        self.rules.step(input)
+        let actions = self.rules.step(input);
+        if self.rules.is_serving() {
+            enter(&self.report, Phase::Postcopy);
+        }
+        actions
     }
 
     fn is_finished(&self) -> bool {
@@ -395,9 +440,16 @@ impl Side for Departure {
 
     async fn listen(&mut self, ears: &mut Ears) -> Option<SourceInput> {
         tokio::select! {
-            Some(order) = ears.orders.recv() => Some(self.ordered(order)),
+            Some(order) = ears.orders.recv() => self.ordered(order),
             Some(answer) = self.asking.next(), if !self.asking.is_empty() => self.answered(answer),
             copied = or_never(self.copying.as_mut()) => Some(self.copied(copied)),
+            told = rest(self.serving.as_mut()) => match told {
+                RestTold::Ended(ended) => self.served(ended),
+                RestTold::Tried(recovered) => {
+                    self.recovered(recovered);
+                    None
+                }
+            },
             Ok(()) = ears.statistics.changed() => {
                 let statistics = ears.statistics.borrow_and_update().clone();
                 self.copied_more(&statistics);
@@ -412,8 +464,26 @@ impl Side for Departure {
                 self.ask_loaded();
                 None
             }
-            _ = ears.tick.tick() => Some(self.deadline().unwrap_or(SourceInput::Tick)),
+            _ = ears.tick.tick() => {
+                self.look_at_the_clock();
+                Some(self.deadline().unwrap_or(SourceInput::Tick))
+            }
         }
+    }
+}
+
+/// What is heard of post-copy.
+enum RestTold {
+    Ended(Result<Completed, OutgoingError>),
+    Tried(Result<(), String>),
+}
+
+/// The next thing that is heard of post-copy, and never anything without it.
+async fn rest(rest: Option<&mut Rest>) -> RestTold {
+    let Some(rest) = rest else { return std::future::pending().await };
+    tokio::select! {
+        ended = &mut rest.whole => RestTold::Ended(ended),
+        recovered = or_never(rest.recovering.as_mut()) => RestTold::Tried(recovered),
     }
 }
 

@@ -6,6 +6,7 @@ mod certificates;
 mod http;
 mod leftovers;
 mod loans;
+mod measures;
 mod migrations;
 mod networks;
 mod place;

@@ -209,6 +209,12 @@ impl Destination {
         }
     }
 
+    /// Whether the guest's state is here, and part of its memory still with the source's QEMU.
+    #[must_use]
+    pub const fn lacks_memory(&self) -> bool {
+        self.lacks && !self.gone && !self.is_finished()
+    }
+
     /// Takes one input and says what to do about it. An input that means nothing in the present
     /// state (repeated, late, of another migration) changes nothing.
     pub fn step(&mut self, input: DestinationInput) -> Vec<Action> {

@@ -29,6 +29,7 @@
 
 mod control;
 mod postcopy;
+mod take_back;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -40,6 +41,7 @@ use tokio::time::Instant;
 
 pub use self::control::Control;
 pub use self::postcopy::{Switched, Unrecovered, pause_postcopy};
+pub use self::take_back::{TakeBackError, take_back};
 pub use super::settings::DEFAULT_MAX_DOWNTIME_MS;
 use super::settings::{
     Stream, Throttle, bandwidth, default_parameters, next_change, set_capabilities, set_parameters,
@@ -138,13 +140,11 @@ impl OutgoingSettings {
         let mut set = |name: &str, value: Value| parameters.insert(name.to_owned(), value);
         set("max-bandwidth", bandwidth(self.max_bandwidth_bytes_per_second));
         set("max-postcopy-bandwidth", json!(self.max_postcopy_bandwidth_bytes_per_second));
-        if let Some(throttle) = self.throttle {
-            set("cpu-throttle-initial", json!(throttle.initial_percent));
-            set("cpu-throttle-increment", json!(throttle.increment_percent));
-            set("max-cpu-throttle", json!(throttle.max_percent));
-        }
         if let Some(limit) = self.switchover_bandwidth_bytes_per_second {
             set("avail-switchover-bandwidth", json!(limit));
+        }
+        if let Some(throttle) = self.throttle {
+            throttle.parameters(&mut parameters);
         }
         parameters
     }
@@ -442,14 +442,23 @@ impl Outgoing {
     /// Cancels, and waits until it is over. May be called at any time and again, also when there
     /// is no migration.
     ///
+    /// Where post-copy was ordered, 7.2 does not let the guest run again (its run state is
+    /// `postmigrate` then), as 10.0 does.
+    ///
     /// # Errors
     ///
-    /// [`OutgoingError::Query`], [`OutgoingError::TookTooLong`]: ask again.
+    /// [`OutgoingError::Postcopy`] once its state has been sent: [`take_back`] is the way then, if
+    /// there is any. [`OutgoingError::Query`], [`OutgoingError::TookTooLong`]: ask again.
     pub async fn cancel(&mut self, within: Duration) -> Result<Cancelled, OutgoingError> {
         let until = Instant::now() + within;
+        if self.statistics().await?.status.is_postcopy() {
+            return Err(OutgoingError::Postcopy);
+        }
         match self.machine.order("migrate_cancel", Value::Null).await {
             // Without an answer it may have been heard: the status tells.
             Ok(()) | Err(QmpError::TimedOut { .. }) => {}
+            // 10.0, once post-copy has begun.
+            Err(error) if error.is_refusal() => return Err(OutgoingError::Postcopy),
             Err(error) => return Err(OutgoingError::Query(error)),
         }
         loop {
@@ -475,10 +484,7 @@ impl Outgoing {
             MigrationStatus::PreSwitchover => Ok(Standing::PreSwitchover),
             MigrationStatus::Device => Ok(Standing::Finishing),
             MigrationStatus::Completed => Ok(Standing::Completed),
-            MigrationStatus::PostcopyActive
-            | MigrationStatus::PostcopyPaused
-            | MigrationStatus::PostcopyRecover
-            | MigrationStatus::PostcopyRecoverSetup => Ok(Standing::Postcopy),
+            status if status.is_postcopy() => Ok(Standing::Postcopy),
             MigrationStatus::Failed => Err(OutgoingError::Failed {
                 reason: statistics.error_desc.clone(),
                 run_state: self.settled_run_state().await?,

@@ -109,6 +109,20 @@ pub struct Throttle {
     pub max_percent: u8,
 }
 
+impl Throttle {
+    /// Its parameters.
+    pub(super) fn parameters(self, parameters: &mut Map<String, Value>) {
+        let steps = [
+            ("cpu-throttle-initial", self.initial_percent),
+            ("cpu-throttle-increment", self.increment_percent),
+            ("max-cpu-throttle", self.max_percent),
+        ];
+        for (name, percent) in steps {
+            parameters.insert(name.to_owned(), json!(percent));
+        }
+    }
+}
+
 impl Default for Throttle {
     /// QEMU's own (7.2, 10.0).
     fn default() -> Self {
@@ -125,6 +139,9 @@ pub struct LiveChange {
     pub max_bandwidth_bytes_per_second: Option<u64>,
     /// The same in post-copy, for what is not asked for; 0 is no limit.
     pub max_postcopy_bandwidth_bytes_per_second: Option<u64>,
+    /// How far the guest is held back from the next step on. Without effect where the migration was begun without any:
+    /// QEMU takes the capability only before the start (7.2, 10.0).
+    pub throttle: Option<Throttle>,
 }
 
 impl Stream {
@@ -200,15 +217,12 @@ impl Stream {
 
 /// Every parameter that is ever set here, as QEMU has it by itself (7.2, 10.0).
 pub(super) fn default_parameters(features: &Features) -> Map<String, Value> {
-    let Throttle { initial_percent, increment_percent, max_percent } = Throttle::default();
     let mut parameters = Map::new();
+    Throttle::default().parameters(&mut parameters);
     let mut set = |name: &str, value: Value| parameters.insert(name.to_owned(), value);
     set("announce-rounds", json!(5));
-    set("cpu-throttle-increment", json!(increment_percent));
-    set("cpu-throttle-initial", json!(initial_percent));
     set("downtime-limit", json!(DEFAULT_MAX_DOWNTIME_MS));
     set("max-bandwidth", json!(DEFAULT_BANDWIDTH_BYTES_PER_SECOND));
-    set("max-cpu-throttle", json!(max_percent));
     set("max-postcopy-bandwidth", json!(0));
     set("multifd-channels", json!(2));
     set("multifd-compression", json!("none"));

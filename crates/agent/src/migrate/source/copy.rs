@@ -1,26 +1,31 @@
 //! The copy: memory travels while the guest runs, then it stops and the rest follows.
 //!
 //! [`copy`] is what the guest goes through, top to bottom. It runs beside the driver, which hears how it ends; every `?`
-//! in it leads back to "the guest runs here". What QEMU is told is in [`whimbrel_qemu::migrate::outgoing`].
+//! in it leads back to "the guest runs here". With post-copy it ends earlier: the guest's state has been sent, and the rest
+//! is [`super::serving`]'s. What QEMU is told is in [`whimbrel_qemu::migrate::outgoing`]; when it is told to do otherwise, in
+//! [`super::steering`].
 
 use std::future::Future;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::warn;
-use whimbrel_api::agent::{OutgoingReport, OutgoingRequest};
+use whimbrel_api::agent::OutgoingReport;
 use whimbrel_api::error::chain;
-use whimbrel_api::migration::Progress;
 use whimbrel_api::{ErrorCode, Phase};
 use whimbrel_migration::handoff::SourceInput;
-use whimbrel_qemu::machine::Machine;
-use whimbrel_qemu::migrate::Statistics;
-use whimbrel_qemu::migrate::outgoing::{Completed, Outgoing, OutgoingError, OutgoingSettings};
+use whimbrel_qemu::machine::{Machine, RunState};
+use whimbrel_qemu::migrate::outgoing::{
+    Completed, Control, Outgoing, OutgoingError, OutgoingSettings, Switched, take_back,
+};
+use whimbrel_qemu::migrate::{MigrationStatus, Statistics};
+use whimbrel_qemu::qmp::QmpError;
 
 use super::Departure;
 use super::pause::now_us;
+use super::samples::progress;
 use crate::vm::found::hear_again;
 
 /// The least time that QEMU gets, in seconds, from the guest's stop until the rest has arrived; after it the guest resumes
@@ -35,35 +40,103 @@ const CANCEL_SECONDS: u64 = 10;
 /// How long it may take to do so by itself, in milliseconds, before its connection is cut.
 const CANCEL_ALONE_MS: u64 = 700;
 
-/// How a copy ends: with everything sent, or in which phase and why not.
-type Copied = Result<Completed, (Phase, OutgoingError)>;
+/// How often it is looked, in milliseconds, whether the guest's state is really on its way.
+const SENT_POLL_MS: u64 = 2;
+/// What a QEMU may lock for zero-copy, in bytes: no bound, as its guest's memory is all that it locks.
+const ZERO_COPY_LOCKED_BYTES: u64 = u64::MAX;
+/// The stand-in's socket in the folder of a QEMU whose guest is taken back.
+const STAND_IN: &str = "stand-in";
+
+/// What has been sent when a copy ends.
+pub(super) enum Sent {
+    /// The whole guest.
+    Whole(Completed),
+    /// Its state; memory is still here (post-copy).
+    State(Completed),
+}
+
+/// How a copy ends: with what sent, or in which phase and why not.
+type Copied = Result<Sent, (Phase, OutgoingError)>;
 
 /// A copy under way.
 pub(super) type Copying = Pin<Box<dyn Future<Output = Copied> + Send>>;
 
+/// What a copy tells while it is under way.
+struct Voices {
+    statistics: watch::Sender<Statistics>,
+    report: watch::Sender<OutgoingReport>,
+    control: watch::Sender<Option<Control>>,
+}
+
 /// Copies the guest while it runs, then stops it and sends the rest.
 ///
-/// On success the guest stands still and QEMU has said `completed`; on failure it is as QEMU left it, which the caller
-/// does not guess: it cancels and resumes.
+/// On success the guest stands still and QEMU has said `completed`, or with post-copy that it sends memory after the state;
+/// on failure it is as QEMU left it, which the caller does not guess: it cancels and resumes.
 async fn copy(
     machine: Machine,
     settings: OutgoingSettings,
-    statistics: watch::Sender<Statistics>,
-    report: watch::Sender<OutgoingReport>,
+    stop_first: bool,
+    voices: Voices,
 ) -> Copied {
     let precopy = |error| (Phase::Precopy, error);
-    enter(&report, Phase::Precopy);
+    enter(&voices.report, Phase::Precopy);
+    if stop_first {
+        hold(&machine).await.map_err(|error| precopy(OutgoingError::Query(error)))?;
+    }
     let mut outgoing = Outgoing::start(&machine, &settings).await.map_err(precopy)?;
     outgoing.wait_connected(Duration::from_secs(CONNECT_SECONDS)).await.map_err(precopy)?;
-    outgoing.wait_pre_switchover(&statistics).await.map_err(precopy)?;
+    voices.control.send_replace(Some(outgoing.control()));
+    outgoing.wait_pre_switchover(&voices.statistics).await.map_err(precopy)?;
 
     // The guest stands still. Disks that travel too will be concluded here, before QEMU may go on.
-    enter(&report, Phase::Switchover);
+    enter(&voices.report, Phase::Switchover);
     let limit = switchover_limit(&settings);
-    let completed = timeout(limit, outgoing.continue_to_completed(limit)).await;
+    let sent = timeout(limit, switch_over(&mut outgoing, &settings, limit)).await;
     // A QEMU that cannot write to its destination answers nothing, and looks at no limit.
     let late = OutgoingError::TookTooLong { what: "the last stage", after: limit };
-    completed.unwrap_or(Err(late)).map_err(|error| (Phase::Switchover, error))
+    sent.unwrap_or(Err(late)).map_err(|error| (Phase::Switchover, error))
+}
+
+/// Sends what is left, or where post-copy was ordered the guest's state.
+async fn switch_over(
+    outgoing: &mut Outgoing,
+    settings: &OutgoingSettings,
+    limit: Duration,
+) -> Result<Sent, OutgoingError> {
+    if settings.stream.postcopy.is_none() {
+        return outgoing.continue_to_completed(limit).await.map(Sent::Whole);
+    }
+    match outgoing.continue_to_postcopy(limit).await? {
+        Switched::Completed(completed) => Ok(Sent::Whole(completed)),
+        Switched::Postcopy(begun) => state_sent(outgoing, begun).await,
+    }
+}
+
+/// Waits for the proof that the guest's state has gone: QEMU is in post-copy before it sends it, and may yet fail in that.
+/// Only memory that went after it, or the end, proves it.
+async fn state_sent(outgoing: &Outgoing, begun: Completed) -> Result<Sent, OutgoingError> {
+    loop {
+        let statistics = outgoing.statistics().await?;
+        match &statistics.status {
+            MigrationStatus::Completed => {
+                return Ok(Sent::Whole(Completed { statistics, ..begun }));
+            }
+            MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                let (reason, run_state) = (statistics.error_desc, RunState::PostMigrate);
+                return Err(OutgoingError::Failed { reason, run_state });
+            }
+            _ if statistics.ram.postcopy_bytes.unwrap_or(0) > 0 => {
+                return Ok(Sent::State(Completed { statistics, ..begun }));
+            }
+            _ => sleep(Duration::from_millis(SENT_POLL_MS)).await,
+        }
+    }
+}
+
+/// Lets the guest stand still, if it runs. It is the driver's to let it run again: QEMU does that by itself only for guests
+/// that it has stopped itself.
+pub(super) async fn hold(machine: &Machine) -> Result<(), QmpError> {
+    if machine.status().await?.running { machine.stop().await } else { Ok(()) }
 }
 
 /// What the last pass may take: the pause that was asked for, several times over, and never less than
@@ -86,38 +159,48 @@ impl Departure {
     pub(super) fn begin_copy(&mut self) {
         let Some(guest) = &self.guest else { return };
         let (machine, settings) = (guest.qemu.machine.clone(), self.settings.clone());
-        let (statistics, report) = (self.statistics.clone(), self.report.clone());
-        self.copying = Some(Box::pin(copy(machine, settings, statistics, report)));
-    }
-
-    /// QEMU has figures of its progress.
-    pub(super) fn copied_more(&mut self, statistics: &Statistics) {
-        let progress = progress(statistics, &self.request);
-        self.report.send_modify(|report| {
-            let before = report.progress.replace(progress);
-            let sent = |progress: &Option<Progress>| progress.as_ref().map(|p| p.transferred_bytes);
-            if sent(&report.progress) != sent(&before) {
-                self.lively_at = Instant::now();
-            }
-        });
+        let voices = Voices {
+            statistics: self.statistics.clone(),
+            report: self.report.clone(),
+            control: self.steering.control(),
+        };
+        if settings.zero_copy
+            && let Err(error) = guest.qemu.process.allow_locked_memory(ZERO_COPY_LOCKED_BYTES)
+        {
+            warn!(migration = %self.id, %error, "QEMU may not lock memory; it will refuse zero-copy");
+        }
+        let stop_first = self.request.strategy.stop_first;
+        self.copying = Some(Box::pin(copy(machine, settings, stop_first, voices)));
     }
 
     /// The copy has ended, one way or the other.
     pub(super) fn copied(&mut self, copied: Copied) -> SourceInput {
         self.copying = None;
         match copied {
-            Ok(completed) => {
-                self.pause.stopped =
-                    completed.stopped_at.and_then(|at| u64::try_from(at.as_micros()).ok());
-                self.pause.completed = Some(now_us());
-                self.confirm_by = Some(Instant::now() + Duration::from_secs(CONFIRM_SECONDS));
-                self.answer_due = !self.asking.is_empty();
-                let last = progress(&completed.statistics, &self.request);
-                self.report.send_modify(|report| report.progress = Some(last));
+            Ok(Sent::Whole(completed)) => {
+                self.stands_still(&completed);
                 SourceInput::Completed
+            }
+            Ok(Sent::State(begun)) => {
+                self.stands_still(&begun);
+                self.serve();
+                SourceInput::StateSent
             }
             Err((phase, error)) => self.failed(phase, ErrorCode::Engine, chain(&error)),
         }
+    }
+
+    /// What the destination needs to run the guest has been sent; it is to say so.
+    fn stands_still(&mut self, sent: &Completed) {
+        if let Some(at) = sent.stopped_at.and_then(|at| u64::try_from(at.as_micros()).ok()) {
+            self.pause.stopped = Some(at);
+        }
+        self.pause.completed = Some(now_us());
+        self.confirm_by = Some(Instant::now() + Duration::from_secs(CONFIRM_SECONDS));
+        self.answer_due = !self.asking.is_empty();
+        let last = progress(&sent.statistics, &self.request, None);
+        self.report.send_modify(|report| report.progress = Some(last));
+        self.samples.keep_raw(&sent.statistics);
     }
 
     /// Gives the copy up, whatever QEMU is doing.
@@ -129,36 +212,36 @@ impl Departure {
         let _heard = timeout(within, hear_again(&self.host, &mut guest.qemu)).await;
         let (machine, process) = (&guest.qemu.machine, &guest.qemu.process);
         let alone = Duration::from_millis(CANCEL_ALONE_MS);
-        if let Ok(Ok(_)) = timeout(alone, Outgoing::reattach(machine).cancel(within)).await {
-            return;
+        self.serving = None;
+        let mut cancelled = timeout(alone, Outgoing::reattach(machine).cancel(within)).await;
+        if cancelled.is_err() {
+            // It waits for a destination that does not answer, perhaps so that it hears nobody.
+            match process.cut(self.settings.to.port()) {
+                Ok(cut) => warn!(migration = %self.id, cut, "QEMU's connection was cut"),
+                Err(error) => {
+                    warn!(migration = %self.id, %error, "QEMU's connection cannot be cut");
+                }
+            }
+            cancelled = Ok(Outgoing::reattach(machine).cancel(within).await);
         }
-        // It waits for a destination that does not answer, perhaps so that it hears nobody.
-        match process.cut(self.settings.to.port()) {
-            Ok(cut) => warn!(migration = %self.id, cut, "QEMU's connection was cut"),
-            Err(error) => warn!(migration = %self.id, %error, "QEMU's connection cannot be cut"),
-        }
-        if let Err(error) = Outgoing::reattach(machine).cancel(within).await {
-            warn!(migration = %self.id, error = chain(&error), "QEMU did not confirm the cancel");
+        match cancelled {
+            Ok(Err(OutgoingError::Postcopy)) => self.take_guest_back().await,
+            Ok(Err(error)) => {
+                warn!(migration = %self.id, error = chain(&error), "QEMU did not confirm the cancel");
+            }
+            _ => {}
         }
     }
-}
 
-/// QEMU's figures in the contract's words.
-fn progress(statistics: &Statistics, request: &OutgoingRequest) -> Progress {
-    let ram = &statistics.ram;
-    Progress {
-        ram_total_bytes: ram.total_bytes.unwrap_or(0),
-        ram_remaining_bytes: ram.remaining_bytes.unwrap_or(0),
-        transferred_bytes: ram.transferred_bytes.unwrap_or(0),
-        zero_pages: ram.duplicate_pages.unwrap_or(0),
-        normal_pages: ram.normal_pages.unwrap_or(0),
-        passes: ram.dirty_sync_count.unwrap_or(0),
-        dirty_pages_per_s: ram.dirty_pages_rate.unwrap_or(0),
-        bits_per_s: ram.mbps.map_or(0, |mbps| (mbps * 1e6) as u64),
-        expected_downtime_ms: statistics.expected_downtime_ms,
-        engine_total_ms: statistics.total_time_ms.unwrap_or(0),
-        engine_setup_ms: statistics.setup_time_ms,
-        destination_start_ms: Some(request.offer.start_ms),
-        ..Progress::default()
+    /// The guest's state has been sent, and was not released: its memory is whole here, and QEMU has to be brought to
+    /// believe it.
+    async fn take_guest_back(&mut self) {
+        let Some(guest) = &self.guest else { return };
+        let socket = guest.qemu.dir.qemu_folder().join(STAND_IN);
+        let within = Duration::from_secs(CANCEL_SECONDS);
+        let user = Some(self.host.qemu_user());
+        if let Err(error) = take_back(&guest.qemu.machine, &socket, user, within).await {
+            warn!(migration = %self.id, error = chain(&error), "QEMU did not give its guest back");
+        }
     }
 }

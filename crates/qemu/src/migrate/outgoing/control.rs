@@ -75,6 +75,13 @@ impl Control {
         Self { machine: machine.clone(), aim: Arc::new(Mutex::new(Some(aim))) }
     }
 
+    /// The pause that QEMU is told to aim at now, in milliseconds; `None` for a migration that was taken up, and in the
+    /// moment of a change.
+    #[must_use]
+    pub fn aim_ms(&self) -> Option<u64> {
+        self.aim.try_lock().ok()?.map(|aim| aim.now_ms)
+    }
+
     /// Changes limits. Before the first pass over the memory is done, a longer downtime is only
     /// what will be aimed at in the end.
     ///
@@ -90,7 +97,11 @@ impl Control {
         if let Some(limit) = change.max_postcopy_bandwidth_bytes_per_second {
             set("max-postcopy-bandwidth", json!(limit));
         }
+        if let Some(throttle) = change.throttle {
+            throttle.parameters(&mut parameters);
+        }
         let mut aim = self.aim.lock().await;
+        let mut set = |name: &str, value: Value| parameters.insert(name.to_owned(), value);
         let next = change.max_downtime_ms.map(|most_ms| {
             let next = aim.map(|aim| aim.within(most_ms));
             set("downtime-limit", json!(next.map_or(most_ms, |aim| aim.now_ms)));

@@ -1,0 +1,289 @@
+//! The source in post-copy: its QEMU sends the rest of the memory, and a lost connection is made again.
+//!
+//! ```text
+//!   serve ──▶ active ──▶ completed: the rules end this QEMU
+//!               │  ▲
+//!      cut,     │  │ recovered: the destination listens anew, both QEMUs go on
+//!      hanging, ▼  │
+//!      order   paused ──▶ tried again every RECOVER_PACE_MS, unless it was paused by hand
+//! ```
+//!
+//! The guest has been given away, or is about to be: neither QEMU is ended here, whatever happens, and how long it takes is
+//! nobody's to bound (invariant I23). A QEMU that gives its stream up for good is told to the rules. Not here: the copy
+//! before it ([`super::copy`]), and the destination's half ([`crate::migrate::destination`]).
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::time::sleep;
+use tracing::{info, warn};
+use whimbrel_api::agent::ListenAgain;
+use whimbrel_api::error::chain;
+use whimbrel_api::migration::{PostcopyReport, PostcopyState};
+use whimbrel_api::{ApiError, ErrorCode};
+use whimbrel_migration::handoff::SourceInput;
+use whimbrel_qemu::migrate::outgoing::{Completed, Outgoing, OutgoingError, pause_postcopy};
+use whimbrel_qemu::migrate::{MigrationStatus, Statistics};
+
+use super::Departure;
+
+/// How long after a failed attempt the connection is tried again, in milliseconds.
+const RECOVER_PACE_MS: u64 = 1_000;
+/// How long QEMU may take to make the connection again, in seconds.
+const RECOVER_SECONDS: u64 = 10;
+/// A stream on which nothing moves for so long, in seconds, is given up and made again: TCP itself would wait for a quarter
+/// of an hour.
+const HANGING_SECONDS: u64 = 5;
+/// How soon a question is repeated that QEMU did not answer, in milliseconds.
+const ASK_AGAIN_MS: u64 = 500;
+
+type Serving = Pin<Box<dyn Future<Output = Result<Completed, OutgoingError>> + Send>>;
+type Recovering = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+
+/// Post-copy under way.
+pub(super) struct Rest {
+    /// Ends with the last page.
+    pub(super) whole: Serving,
+    /// The attempt to make the connection again that is under way.
+    pub(super) recovering: Option<Recovering>,
+    sent_bytes: u64,
+    moved_at: Instant,
+    /// Before this moment no attempt is made.
+    not_before: Instant,
+    by_hand: bool,
+}
+
+impl Departure {
+    /// Waits for the end of post-copy, beside everything else.
+    pub(super) fn serve(&mut self) {
+        let now = Instant::now();
+        let Some(whole) = self.wait_whole(Duration::ZERO) else { return };
+        self.serving = Some(Rest {
+            whole,
+            recovering: None,
+            sent_bytes: 0,
+            moved_at: now,
+            not_before: now,
+            by_hand: false,
+        });
+        let begun = Timestamp::now();
+        self.report.send_modify(|report| {
+            report.postcopy.get_or_insert(PostcopyReport {
+                state: PostcopyState::Active,
+                since: begun,
+                begun,
+                recoveries: 0,
+                blocktime_ms: None,
+                vcpu_blocktime_ms: Vec::new(),
+            });
+        });
+    }
+
+    /// Goes on where an earlier life of the agent was in post-copy.
+    pub(super) async fn serve_again(&mut self) {
+        let Some(guest) = &self.guest else { return };
+        let status = Statistics::query(guest.qemu.machine.qmp()).await.map(|seen| seen.status);
+        let over = matches!(
+            status,
+            Ok(MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled)
+        );
+        // Of one that could not be asked nothing is known, and it is asked on.
+        if over || status.is_err() || status.is_ok_and(|status| status.is_postcopy()) {
+            self.serve();
+        }
+    }
+
+    fn wait_whole(&self, after: Duration) -> Option<Serving> {
+        let machine = self.guest.as_ref()?.qemu.machine.clone();
+        let statistics = self.statistics.clone();
+        Some(Box::pin(async move {
+            sleep(after).await;
+            Outgoing::reattach(&machine).wait_postcopy_done(&statistics).await
+        }))
+    }
+
+    /// QEMU has said how post-copy ended, or could not be asked.
+    pub(super) fn served(
+        &mut self,
+        ended: Result<Completed, OutgoingError>,
+    ) -> Option<SourceInput> {
+        match ended {
+            Ok(completed) => {
+                self.samples.keep_raw(&completed.statistics);
+                self.copied_more(&completed.statistics);
+                self.serving = None;
+                self.enter_postcopy_state(PostcopyState::Done);
+                Some(SourceInput::Completed)
+            }
+            Err(OutgoingError::Failed { .. } | OutgoingError::Cancelled { .. })
+                if self.rules.is_past_release() =>
+            {
+                self.serving = None;
+                Some(SourceInput::StreamLost)
+            }
+            Err(error @ (OutgoingError::Failed { .. } | OutgoingError::Cancelled { .. })) => {
+                self.serving = None;
+                let phase = self.report.borrow().phase;
+                Some(self.failed(phase, ErrorCode::Engine, chain(&error)))
+            }
+            // Its end is heard elsewhere; until then it is asked again.
+            Err(_) => {
+                let again = self.wait_whole(Duration::from_millis(ASK_AGAIN_MS));
+                match (self.serving.as_mut(), again) {
+                    (Some(rest), Some(again)) => rest.whole = again,
+                    _ => self.serving = None,
+                }
+                None
+            }
+        }
+    }
+
+    /// What QEMU's figures say of post-copy: told, and a lost connection is made again.
+    pub(super) fn look_after_postcopy(&mut self, statistics: &Statistics) {
+        let Some(rest) = self.serving.as_mut() else { return };
+        let sent = statistics.ram.transferred_bytes.unwrap_or(0);
+        if sent != rest.sent_bytes {
+            (rest.sent_bytes, rest.moved_at) = (sent, Instant::now());
+        }
+        let hangs = rest.moved_at.elapsed() >= Duration::from_secs(HANGING_SECONDS);
+        let by_hand = rest.by_hand;
+        match &statistics.status {
+            MigrationStatus::PostcopyActive if hangs => {
+                rest.moved_at = Instant::now();
+                warn!(migration = %self.id, "nothing moves in post-copy; its connection is given up and made again");
+                self.pause_stream();
+            }
+            MigrationStatus::PostcopyActive => self.enter_postcopy_state(PostcopyState::Active),
+            MigrationStatus::PostcopyPaused => {
+                rest.moved_at = Instant::now();
+                let why = match (by_hand, &statistics.error_desc) {
+                    (true, _) => "an order".to_owned(),
+                    (false, Some(why)) => why.clone(),
+                    (false, None) => "the connection to the destination is lost".to_owned(),
+                };
+                self.enter_postcopy_state(PostcopyState::Paused { why, by_hand });
+                if !by_hand {
+                    self.recover(None);
+                }
+            }
+            MigrationStatus::PostcopyRecover | MigrationStatus::PostcopyRecoverSetup => {
+                rest.moved_at = Instant::now();
+                self.enter_postcopy_state(PostcopyState::Recovering);
+            }
+            _ => {}
+        }
+    }
+
+    fn enter_postcopy_state(&mut self, state: PostcopyState) {
+        self.report.send_if_modified(|report| {
+            let Some(postcopy) = &mut report.postcopy else { return false };
+            let new = std::mem::discriminant(&postcopy.state) != std::mem::discriminant(&state);
+            if new {
+                (postcopy.state, postcopy.since) = (state, Timestamp::now());
+            }
+            new
+        });
+    }
+
+    fn pause_stream(&self) {
+        let Some(guest) = &self.guest else { return };
+        let (machine, id) = (guest.qemu.machine.clone(), self.id);
+        tokio::spawn(async move {
+            if let Err(error) = pause_postcopy(&machine).await {
+                warn!(migration = %id, error = chain(&error), "QEMU did not give the connection up");
+            }
+        });
+    }
+
+    /// Makes the connection again, if nobody is at it and the last attempt is some time ago. `to` is where the destination
+    /// listens anew, if the controller has asked it.
+    fn recover(&mut self, to: Option<SocketAddr>) {
+        let (Some(rest), Some(guest)) = (self.serving.as_mut(), &self.guest) else { return };
+        if rest.recovering.is_some() || (to.is_none() && Instant::now() < rest.not_before) {
+            return;
+        }
+        let (machine, peer, id) = (guest.qemu.machine.clone(), self.peer.clone(), self.id);
+        let ticket = self.request.offer.ticket.clone();
+        rest.recovering = Some(Box::pin(async move {
+            let to = match to {
+                Some(to) => to,
+                None => {
+                    let asked = peer.listen_again(id, &ListenAgain { ticket }).await;
+                    asked.map_err(|error| error.to_string())?.address
+                }
+            };
+            let within = Duration::from_secs(RECOVER_SECONDS);
+            let recovered = Outgoing::reattach(&machine).recover(to, within).await;
+            recovered.map_err(|error| chain(&error))
+        }));
+    }
+
+    /// An attempt has ended.
+    pub(super) fn recovered(&mut self, recovered: Result<(), String>) {
+        let Some(rest) = self.serving.as_mut() else { return };
+        rest.recovering = None;
+        rest.moved_at = Instant::now();
+        rest.not_before = Instant::now() + Duration::from_millis(RECOVER_PACE_MS);
+        match recovered {
+            Ok(()) => {
+                info!(migration = %self.id, "post-copy goes on over a new connection");
+                self.report.send_modify(|report| {
+                    if let Some(postcopy) = &mut report.postcopy {
+                        postcopy.recoveries += 1;
+                    }
+                });
+            }
+            Err(why) => info!(migration = %self.id, why, "post-copy is paused still; trying again"),
+        }
+    }
+
+    /// Post-copy is held, by order.
+    pub(super) fn order_pause(&mut self) -> Result<(), ApiError> {
+        let refusal = self.no_fit("hold post-copy");
+        let Some(rest) = self.serving.as_mut() else { return Err(refusal) };
+        rest.by_hand = true;
+        self.pause_stream();
+        Ok(())
+    }
+
+    /// A post-copy that was held goes on, by order.
+    pub(super) fn order_resume(&mut self) -> Result<(), ApiError> {
+        let refusal = self.no_fit("let post-copy go on");
+        match self.serving.as_mut() {
+            Some(rest) if rest.by_hand => {
+                rest.by_hand = false;
+                self.recover(None);
+                Ok(())
+            }
+            Some(_) => {
+                Err(ApiError::new(ErrorCode::WrongState, "post-copy was not paused by hand").hint(
+                    "a lost connection is made again by itself, or at once by `migration recover`",
+                ))
+            }
+            None => Err(refusal),
+        }
+    }
+
+    /// A lost connection is made again now, by order.
+    pub(super) fn order_recovery(&mut self, to: Option<SocketAddr>) -> Result<(), ApiError> {
+        let refusal = self.no_fit("recover post-copy");
+        let paused = matches!(
+            self.report.borrow().postcopy.as_ref().map(|postcopy| &postcopy.state),
+            Some(PostcopyState::Paused { .. })
+        );
+        match self.serving.as_mut() {
+            Some(rest) if paused => {
+                rest.by_hand = false;
+                rest.not_before = Instant::now();
+                self.recover(to);
+                Ok(())
+            }
+            Some(_) => Err(ApiError::new(ErrorCode::WrongState, "post-copy is not paused")
+                .hint("there is nothing to recover while memory flows")),
+            None => Err(refusal),
+        }
+    }
+}
