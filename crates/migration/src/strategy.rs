@@ -132,14 +132,20 @@ pub struct Allowed {
 }
 
 impl Allowed {
-    /// What a user may have under a policy. A pause that the user names goes before the policy's.
+    /// What a user may have under a policy. A pause that the user names goes before the policy's, and who
+    /// gives a timeout has said what to do when the copy does not end: nothing is done unasked then.
     #[must_use]
     pub fn of(policy: &Policy, options: &MigrateOptions) -> Self {
         let asks_to_stop = matches!(options.mode, Mode::Static | Mode::Quick);
+        let asks_to_throttle = options.auto_converge.is_some();
+        let unasked = options.timeout.is_none();
         Self {
             postcopy: policy.allow_postcopy.allows(options.postcopy.is_some()),
-            throttle: policy.allow_throttle.allows(options.auto_converge.is_some()),
-            stopping: options.mode != Mode::Live && policy.allow_static.allows(asks_to_stop),
+            throttle: (asks_to_throttle || unasked)
+                && policy.allow_throttle.allows(asks_to_throttle),
+            stopping: options.mode != Mode::Live
+                && (asks_to_stop || unasked)
+                && policy.allow_static.allows(asks_to_stop),
             max_downtime_ms: options.max_downtime_ms.unwrap_or(policy.max_downtime_ms),
             max_total_ms: policy.max_total_s.map(|seconds| seconds.saturating_mul(1_000)),
         }

@@ -10,7 +10,7 @@ use super::{
 use crate::forecast::dirtying::DirtyCurve;
 use crate::forecast::facts::Measurements;
 use crate::forecast::{Convergence, Forecast, forecast};
-use crate::options::{CompressionMethod, Mode, limits};
+use crate::options::{CompressionMethod, Mode, TimeoutAction, limits};
 use crate::preflight::EngineVersion;
 use crate::preflight::combinations::multifd_with_postcopy;
 
@@ -253,8 +253,18 @@ impl<'a> Climb<'a> {
             let why = decide(&chosen, rejected);
             return (chosen, will_do, why);
         }
+        let after_a_pass = options.postcopy.is_some_and(|postcopy| postcopy.after_precopy);
+        if let Some(timeout) = options.timeout.filter(|_| !after_a_pass) {
+            let mut why = decide(stream, rejected);
+            let then = match timeout.then {
+                TimeoutAction::Suspend => "the guest is stopped",
+                TimeoutAction::Postcopy => "post-copy begins",
+            };
+            why.chosen.push_str(&format!("; after {} s {then}, as asked", timeout.seconds));
+            return (stream.clone(), true, why);
+        }
         let mut candidates = Vec::new();
-        if options.postcopy.is_some_and(|postcopy| postcopy.after_precopy) {
+        if after_a_pass {
             candidates.extend(self.postcopy(&mut rejected));
         }
         candidates.push(stream.clone());
@@ -396,7 +406,12 @@ impl<'a> Climb<'a> {
     fn throttle_possible(&self) -> Result<(), String> {
         let Situation { source, policy, .. } = self.situation;
         if !self.allowed.throttle {
-            return Err(format!("policy {} does not allow it", policy.name));
+            let unasked = self.situation.options.timeout.is_some();
+            return Err(if unasked {
+                "a timeout is given, which says what to do".to_owned()
+            } else {
+                format!("policy {} does not allow it", policy.name)
+            });
         }
         if !source.can("auto-converge") {
             return Err("the source's engine cannot".to_owned());
@@ -456,10 +471,10 @@ impl<'a> Climb<'a> {
             && fits
             && self.postcopy_possible().is_ok()
         {
-            let begin = if options.mode == Mode::Live {
-                PostcopyBegin::WhenOrdered
-            } else {
-                PostcopyBegin::WhenStalled
+            // A timeout is an order given beforehand.
+            let begin = match options.timeout {
+                Some(_) => PostcopyBegin::WhenOrdered,
+                None => PostcopyBegin::WhenStalled,
             };
             strategy.postcopy = Some(self.postcopy_setting(begin));
         }

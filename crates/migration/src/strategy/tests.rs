@@ -198,9 +198,12 @@ fn postcopy_is_taken_where_it_is_allowed() {
 
 #[test]
 fn after_a_first_pass_it_is_taken_even_where_pre_copy_would_do() {
-    let world = World::new(0, 0).asking(json!({"postcopy": {"after_precopy": true}}));
-    let plan = world.plan();
-    assert_eq!(plan.strategy.rung, Rung::Postcopy);
+    for options in [
+        json!({"postcopy": {"after_precopy": true}}),
+        json!({"postcopy": {"after_precopy": true}, "timeout": {"seconds": 60}}),
+    ] {
+        assert_eq!(World::new(0, 0).asking(options).rung(), Rung::Postcopy);
+    }
 }
 
 #[test]
@@ -277,8 +280,26 @@ fn what_the_user_has_said_is_kept() {
     let postcopy = json!({"postcopy": {"bandwidth_bytes_per_s": 9_000_000}, "mode": "live"});
     let strategy = World::new(1, 10).asking(postcopy).plan().strategy;
     let reserve = strategy.postcopy.unwrap();
-    assert_eq!(reserve.begin, PostcopyBegin::WhenOrdered);
+    assert_eq!(reserve.begin, PostcopyBegin::WhenStalled);
     assert_eq!(reserve.bandwidth_bytes_per_s, Some(9_000_000));
+}
+
+#[test]
+fn who_gives_a_timeout_is_not_helped_otherwise() {
+    let options = json!({"postcopy": {}, "timeout": {"seconds": 20, "then": "postcopy"}});
+    let world = World::new(300, 100_000).under("must-finish").asking(options);
+    let plan = world.plan();
+    assert!(plan.will_do && plan.forecast.total_ms.is_none());
+    assert_eq!(plan.strategy.rung, Rung::Plain);
+    assert_eq!(plan.strategy.postcopy.unwrap().begin, PostcopyBegin::WhenOrdered);
+    assert_eq!(plan.strategy.throttle, None);
+    assert!(plan.decisions[1].chosen.contains("after 20 s post-copy begins"));
+    let allowed = Allowed::of(&world.policy, &world.options);
+    assert!(!allowed.throttle && !allowed.stopping);
+    let asked = json!({"auto_converge": {}, "timeout": {"seconds": 20}});
+    let plan = World::new(300, 100_000).asking(asked).plan();
+    assert_eq!(plan.strategy.throttle, Some(ThrottleSetting::STANDARD));
+    assert!(plan.decisions[1].chosen.contains("after 20 s the guest is stopped"));
 }
 
 #[test]
