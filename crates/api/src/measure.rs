@@ -45,9 +45,9 @@ pub enum DirtyRateMode {
     /// Sampled pages are compared before and after.
     #[default]
     PageSampling,
-    /// The marks that a migration uses too. Under TCG nothing is counted (7.2, 10.0).
+    /// The marks that a migration uses too; under KVM only.
     DirtyBitmap,
-    /// KVM's dirty ring, where the VM was started with it.
+    /// KVM's dirty ring, where the VM was started with it; under KVM only.
     DirtyRing,
 }
 
@@ -91,7 +91,7 @@ pub enum CalcStatus {
 pub struct DirtyRateReport {
     /// `dirtyrate.calc_status`.
     pub calc_status: CalcStatus,
-    /// `dirtyrate.calc_start_time`: when it began, in seconds since the host was started.
+    /// `dirtyrate.calc_start_time`: when it began, in seconds; since the host was started by QEMU 7.2, since 1970 by 10.0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calc_start_time_seconds: Option<u64>,
     /// `dirtyrate.calc_period`, which counts seconds, in milliseconds.
