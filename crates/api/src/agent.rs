@@ -19,6 +19,12 @@
 //! | `DELETE /v1/vms/{id}` | controller | with its disks |
 //! | `POST /v1/vms/{id}/save`, `restore` | controller | [`crate::vm::StateFile`] → [`VmReport`] |
 //! | `GET /v1/vms/{id}/console` | controller | WebSocket, bytes both ways |
+//! | `POST, GET /v1/vms/{id}/dirty-rate` | controller | [`DirtyRateRequest`](crate::measure::DirtyRateRequest) → [`DirtyRateReport`](crate::measure::DirtyRateReport) |
+//! | `POST /v1/vms/{id}/dirty-curve` | controller | [`DirtyCurveRequest`](crate::measure::DirtyCurveRequest) → [`DirtyCurveReport`](crate::measure::DirtyCurveReport) |
+//! | `POST /v1/vms/{id}/census` | controller | [`CensusRequest`](crate::measure::CensusRequest) → [`CensusReport`](crate::measure::CensusReport) |
+//! | `GET /v1/cpu` | controller | [`CpuReport`](crate::measure::CpuReport) |
+//! | `POST /v1/link` | controller | [`LinkRequest`](crate::measure::LinkRequest) → [`LinkReport`](crate::measure::LinkReport) |
+//! | `POST /v1/link/listen` | source agent, controller | [`LinkListen`](crate::measure::LinkListen) → [`LinkAddress`](crate::measure::LinkAddress) |
 //! | `POST /v1/knock/listen` | controller | [`KnockListen`] → [`KnockAddress`] |
 //! | `POST /v1/knock/connect` | controller | [`KnockConnect`] → [`Reach`] |
 //! | `PUT /v1/incoming/{migration}` | controller | [`IncomingRequest`] → [`IncomingOffer`] |
