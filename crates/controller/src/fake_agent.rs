@@ -11,7 +11,9 @@
 //! of others; never part of a binary.
 
 mod calls;
+mod measuring;
 mod moves;
+mod steering;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -21,9 +23,10 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot, watch};
 use whimbrel_api::agent::{
-    EngineReport, HostReport, IncomingReport, IncomingRequest, OutgoingReport, VmReport,
+    EngineReport, HostReport, IncomingReport, IncomingRequest, OutgoingReport, OutgoingRequest,
+    VmReport,
 };
-use whimbrel_api::migration::Stay;
+use whimbrel_api::migration::{Decision, LiveSettings, PostcopyState, Stay};
 use whimbrel_api::pool::{Network, Storage};
 use whimbrel_api::vm::{RunningEngine, VmDefinition, VmState};
 use whimbrel_api::{ApiError, Epoch, MigrationId, Name, VmId};
@@ -70,6 +73,7 @@ struct State {
     vms: BTreeMap<VmId, VmReport>,
     incoming: BTreeMap<MigrationId, Incoming>,
     outgoing: BTreeMap<MigrationId, Outgoing>,
+    measures: Measures,
     refusals: Vec<(String, ApiError)>,
     /// Calls that are never answered.
     swallowed: Vec<String>,
@@ -85,8 +89,31 @@ struct Incoming {
 #[derive(Debug)]
 struct Outgoing {
     report: watch::Sender<OutgoingReport>,
+    /// What it was ordered.
+    request: OutgoingRequest,
+    settings: Vec<LiveSettings>,
     cancelled: bool,
     cancel: Arc<Notify>,
+    postcopy: Arc<Notify>,
+    complete: Arc<Notify>,
+}
+
+/// What a fake host would measure.
+#[derive(Debug, Clone, Copy)]
+pub struct Measures {
+    /// How fast each of its guests writes.
+    pub dirty_bytes_per_s: u64,
+    /// How fast the way to every other host is.
+    pub link_bytes_per_s: u64,
+    /// What zstd makes of a guest's pages.
+    pub zstd_ratio: f64,
+}
+
+impl Default for Measures {
+    /// Idle guests whose pages do not compress, and links of 10 Gbit/s.
+    fn default() -> Self {
+        Self { dirty_bytes_per_s: 0, link_bytes_per_s: 1_250_000_000, zstd_ratio: 1.0 }
+    }
 }
 
 /// One fake host, as long as it lives.
@@ -147,6 +174,7 @@ impl FakeWorld {
             vms: BTreeMap::new(),
             incoming: BTreeMap::new(),
             outgoing: BTreeMap::new(),
+            measures: Measures::default(),
             refusals: Vec::new(),
             swallowed: Vec::new(),
             calls: Vec::new(),
@@ -170,7 +198,7 @@ fn report(name: &Name, machines: &[&str]) -> HostReport {
         accelerator: "tcg".to_owned(),
         machines: machines.iter().map(|&machine| machine.to_owned()).collect(),
         cpu_models: vec!["qemu64".to_owned(), "max".to_owned()],
-        abilities: None,
+        abilities: Some(measuring::abilities()),
     };
     HostReport {
         name: name.clone(),
@@ -245,6 +273,66 @@ impl FakeAgent {
             state.door.send_replace(tls);
         });
         self.restart().await;
+    }
+
+    /// Sets what it measures.
+    pub fn set_measures(&self, measures: Measures) {
+        self.world.with(&self.name, |state| state.measures = measures);
+    }
+
+    /// Lets its QEMU not have a capability.
+    pub fn forget_capability(&self, capability: &str) {
+        self.world.with(&self.name, |state| {
+            let abilities = state.report.engines.iter_mut().filter_map(|e| e.abilities.as_mut());
+            abilities.for_each(|abilities| {
+                abilities.capabilities.remove(capability);
+            });
+        });
+    }
+
+    /// What it was ordered to prepare, if it still knows.
+    #[must_use]
+    pub fn incoming_request(&self, id: MigrationId) -> Option<IncomingRequest> {
+        self.world.with(&self.name, |state| state.incoming.get(&id).map(|it| it.request.clone()))
+    }
+
+    /// What it was ordered to send, and what it was told meanwhile, if it still knows.
+    #[must_use]
+    pub fn outgoing_request(
+        &self,
+        id: MigrationId,
+    ) -> Option<(OutgoingRequest, Vec<LiveSettings>)> {
+        self.world.with(&self.name, |state| {
+            state.outgoing.get(&id).map(|it| (it.request.clone(), it.settings.clone()))
+        })
+    }
+
+    /// Decides something on the way of a migration.
+    pub fn decide(&self, id: MigrationId, decision: Decision) {
+        self.world.with(&self.name, |state| {
+            if let Some(outgoing) = state.outgoing.get(&id) {
+                outgoing.report.send_modify(|report| report.decisions.push(decision));
+            }
+        });
+    }
+
+    /// Lets the connection of a post-copy break.
+    pub fn lose_postcopy(&self, id: MigrationId) {
+        self.world.with(&self.name, |state| {
+            if let Some(outgoing) = state.outgoing.get(&id) {
+                let why = "the connection is lost".to_owned();
+                steering::tell(outgoing, PostcopyState::Paused { why, by_hand: false });
+            }
+        });
+    }
+
+    /// Lets all memory of a post-copy be there.
+    pub fn end_postcopy(&self, id: MigrationId) {
+        self.world.with(&self.name, |state| {
+            if let Some(outgoing) = state.outgoing.get(&id) {
+                outgoing.complete.notify_one();
+            }
+        });
     }
 
     /// Lets the host see other file systems than the hosts with another `number`.

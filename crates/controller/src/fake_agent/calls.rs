@@ -14,7 +14,7 @@ use whimbrel_api::agent::{
 };
 use whimbrel_api::pool::{Network, Storage};
 use whimbrel_api::server::{Body, Segment, no_such_path};
-use whimbrel_api::vm::{StopRequest, VmDefinition, VmState};
+use whimbrel_api::vm::{StateFile, StopRequest, VmDefinition, VmState};
 use whimbrel_api::{ApiError, Epoch, ErrorCode, Name, VmId};
 use whimbrel_pki::authority::HostCertificates;
 use whimbrel_pki::door::PeerExtension;
@@ -22,7 +22,7 @@ use whimbrel_pki::files::HostIdentity;
 use whimbrel_pki::identity::Peer;
 use whimbrel_pki::tls;
 
-use super::{FakeWorld, State, moves, vm_report};
+use super::{FakeWorld, State, measuring, moves, steering, vm_report};
 
 /// The guest's memory size that makes a fake host say that it has no room, in bytes.
 const TOO_MUCH_MEMORY_BYTES: u64 = super::MEMORY_BYTES;
@@ -56,10 +56,14 @@ pub(super) fn router(world: FakeWorld, name: Name) -> Router {
         .route("/vms/{id}/stop", post(stop))
         .route("/vms/{id}/pause", post(pause))
         .route("/vms/{id}/resume", post(resume))
+        .route("/vms/{id}/save", post(save))
+        .route("/vms/{id}/restore", post(restore))
         .route("/vms/{id}/console", get(console))
         .route("/knock/listen", post(knock_listen))
         .route("/knock/connect", post(knock_connect))
         .merge(moves::calls())
+        .merge(steering::calls())
+        .merge(measuring::calls())
         .route_layer(middleware::from_fn_with_state(host.clone(), gate))
         .with_state(host);
     Router::new().nest("/v1", calls).fallback(no_such_path)
@@ -224,12 +228,8 @@ async fn mobility(
     Segment(id): Segment<VmId>,
 ) -> Result<Json<Mobility>, ApiError> {
     let Json(vm) = change(&host, id, |_| Ok(()))?;
-    Ok(Json(Mobility {
-        vm,
-        cpu_features: Default::default(),
-        blockers: Vec::new(),
-        abilities: None,
-    }))
+    let abilities = vm.engine.is_some().then(measuring::abilities);
+    Ok(Json(Mobility { vm, cpu_features: Default::default(), blockers: Vec::new(), abilities }))
 }
 
 async fn put_vm(
@@ -285,6 +285,30 @@ async fn stop(
     change(&host, id, |vm| {
         must_be(vm, &["running", "paused"])?;
         *vm = vm_report(&vm.definition, VmState::Stopped, vm.epoch);
+        Ok(())
+    })
+}
+
+async fn save(
+    Extract(host): Extract<Host>,
+    Segment(id): Segment<VmId>,
+    Body(_): Body<StateFile>,
+) -> Result<Json<VmReport>, ApiError> {
+    change(&host, id, |vm| {
+        must_be(vm, &["running", "paused"])?;
+        *vm = vm_report(&vm.definition, VmState::Stopped, vm.epoch);
+        Ok(())
+    })
+}
+
+async fn restore(
+    Extract(host): Extract<Host>,
+    Segment(id): Segment<VmId>,
+    Body(_): Body<StateFile>,
+) -> Result<Json<VmReport>, ApiError> {
+    change(&host, id, |vm| {
+        must_be(vm, &["stopped"])?;
+        *vm = vm_report(&vm.definition, VmState::Running, vm.epoch);
         Ok(())
     })
 }

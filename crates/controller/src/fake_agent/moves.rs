@@ -15,13 +15,13 @@ use tokio::sync::{Notify, watch};
 use whimbrel_api::agent::{
     IncomingOffer, IncomingReport, IncomingRequest, OutgoingEnd, OutgoingReport, OutgoingRequest,
 };
-use whimbrel_api::migration::{Progress, Stay};
+use whimbrel_api::migration::{Mode, PostcopyState, Progress, Stay};
 use whimbrel_api::server::{Body, Segment};
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, Downtime, Epoch, ErrorCode, MigrationId, Phase};
 
 use super::calls::Host;
-use super::{Incoming, Outgoing, Pace, vm_report};
+use super::{Incoming, Outgoing, Pace, steering, vm_report};
 
 pub(super) fn calls() -> Router<Host> {
     Router::new()
@@ -85,17 +85,26 @@ async fn put_outgoing(
         }
         let vm = state.vms.get_mut(&request.vm);
         let vm = vm.ok_or_else(|| ApiError::not_found("VM", request.vm))?;
-        if !matches!(vm.state, VmState::Running | VmState::Paused) {
+        let offline = request.options.mode == Mode::Offline && vm.state == VmState::Stopped;
+        if !offline && !matches!(vm.state, VmState::Running | VmState::Paused) {
             let message = format!("the VM is {}", vm.state.word());
             return Err(ApiError::new(ErrorCode::WrongState, message));
         }
         let was = std::mem::replace(&mut vm.state, VmState::Migrating { migration: id });
         let report = watch::Sender::new(OutgoingReport::begun(id, request.vm));
-        let outgoing =
-            Outgoing { report: report.clone(), cancelled: false, cancel: Arc::default() };
-        let cancel = outgoing.cancel.clone();
+        let outgoing = Outgoing {
+            report: report.clone(),
+            request: request.clone(),
+            settings: Vec::new(),
+            cancelled: false,
+            cancel: Arc::default(),
+            postcopy: Arc::default(),
+            complete: Arc::default(),
+        };
+        let (cancel, postcopy) = (outgoing.cancel.clone(), outgoing.postcopy.clone());
+        let complete = outgoing.complete.clone();
         state.outgoing.insert(id, outgoing);
-        Ok(Ok(Copy { order: request, id, report, cancel, was }))
+        Ok(Ok(Copy { order: request, id, report, cancel, postcopy, complete, was }))
     })?;
     let copy = match begun {
         Ok(copy) => copy,
@@ -112,6 +121,8 @@ struct Copy {
     id: MigrationId,
     report: watch::Sender<OutgoingReport>,
     cancel: Arc<Notify>,
+    postcopy: Arc<Notify>,
+    complete: Arc<Notify>,
     was: VmState,
 }
 
@@ -121,10 +132,10 @@ impl Copy {
         let progress = Progress { ram_total_bytes: 1 << 30, passes: 1, ..Progress::default() };
         self.report.send_modify(|report| report.progress = Some(progress));
         let why = match pace {
-            Pace::Hangs => {
-                self.cancel.notified().await;
-                Stay::Cancelled
-            }
+            Pace::Hangs => match self.hang(&host).await {
+                Ok(()) => return,
+                Err(why) => why,
+            },
             Pace::Fails(after, why) => self.wait(after).await.err().unwrap_or(why),
             Pace::Moves(step) => match self.hand_over(&host, step).await {
                 Ok(()) => return,
@@ -132,6 +143,32 @@ impl Copy {
             },
         };
         self.stay(&host, why);
+    }
+
+    /// The copying goes on until somebody orders something.
+    async fn hang(&self, host: &Host) -> Result<(), Stay> {
+        tokio::select! {
+            () = self.cancel.notified() => return Err(Stay::Cancelled),
+            () = self.complete.notified() => return self.hand_over(host, Duration::ZERO).await,
+            () = self.postcopy.notified() => {}
+        }
+        self.give(host)?;
+        host.with(|state| {
+            if let Some(outgoing) = state.outgoing.get(&self.id) {
+                steering::tell(outgoing, PostcopyState::Active);
+            }
+        });
+        self.complete.notified().await;
+        host.with(|state| {
+            if let Some(outgoing) = state.outgoing.get(&self.id) {
+                steering::tell(outgoing, PostcopyState::Done);
+            }
+        });
+        self.report.send_modify(|report| {
+            report.downtime = Some(Downtime { total_us: 30_000, ..Downtime::default() });
+            report.end = OutgoingEnd::Moved;
+        });
+        Ok(())
     }
 
     async fn wait(&self, step: Duration) -> Result<(), Stay> {
@@ -162,9 +199,11 @@ impl Copy {
         }
         self.report.send_modify(|report| report.phase = Phase::Handoff);
         let vm = source.vms.remove(&self.order.vm).expect("a VM that is copied is there");
-        let moved = vm_report(&vm.definition, self.was.clone(), self.order.epoch);
         let destination = world.hosts.get_mut(&self.order.destination);
         let destination = destination.expect("the destination is in the same world");
+        let given = destination.incoming.get(&self.id).map(|it| it.request.definition.clone());
+        let definition = given.unwrap_or(vm.definition);
+        let moved = vm_report(&definition, self.was.clone(), self.order.epoch);
         if let Some(incoming) = destination.incoming.get_mut(&self.id) {
             let (epoch, vm) = (self.order.epoch, moved.state.clone());
             incoming.report = IncomingReport::Owned { epoch, vm };

@@ -339,8 +339,9 @@ impl Page {
         if !report.decisions.is_empty() {
             record.decisions.retain(|earlier| !report.decisions.contains(earlier));
             record.decisions.extend(report.decisions.iter().cloned());
-            let too_many = record.decisions.len().saturating_sub(DECISIONS_MAX);
-            record.decisions.drain(DECISIONS_MAX / 2..DECISIONS_MAX / 2 + too_many);
+            if let Some(too_many) = record.decisions.len().checked_sub(DECISIONS_MAX) {
+                record.decisions.drain(DECISIONS_MAX / 2..DECISIONS_MAX / 2 + too_many);
+            }
         }
         record.strategy = report.strategy.clone().or(record.strategy.take());
         record.postcopy = report.postcopy.clone().or(record.postcopy.take());

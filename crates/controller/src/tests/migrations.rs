@@ -11,7 +11,7 @@ use whimbrel_api::{Epoch, ErrorCode, MigrationId, Phase};
 use super::rig::{Rig, eventually, name};
 use crate::fake_agent::{FakeAgent, Pace};
 
-async fn two_hosts() -> (Rig, FakeAgent, FakeAgent) {
+pub(super) async fn two_hosts() -> (Rig, FakeAgent, FakeAgent) {
     let rig = Rig::new().await;
     let a = rig.host("host-a").await;
     let b = rig.host("host-b").await;
@@ -21,7 +21,7 @@ async fn two_hosts() -> (Rig, FakeAgent, FakeAgent) {
     (rig, a, b)
 }
 
-fn to(destination: &str) -> MigrateRequest {
+pub(super) fn to(destination: &str) -> MigrateRequest {
     MigrateRequest {
         id: MigrationId::new(),
         vm: "web01".into(),
@@ -31,7 +31,7 @@ fn to(destination: &str) -> MigrateRequest {
 }
 
 /// Follows a migration to its last record.
-async fn follow(rig: &Rig, id: MigrationId) -> Migration {
+pub(super) async fn follow(rig: &Rig, id: MigrationId) -> Migration {
     let mut watch = rig.client.watch_migration(id).await.unwrap();
     let mut last = None;
     let ended = async {
