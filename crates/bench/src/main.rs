@@ -62,7 +62,7 @@ struct Arguments {
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     moves: u32,
     /// Only these parts; all without it
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, value_name = "PART")]
     only: Vec<Part>,
     /// The pairs of moves in each case of the comparison with virsh
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -124,21 +124,21 @@ fn run(arguments: &Arguments) -> Result<()> {
     let beside = program.parent().context("this program is in no folder")?;
     let binary = arguments.binary.clone().unwrap_or_else(|| beside.join("whimbrel"));
     let folder = beside.with_file_name("bench");
-    let mut tables = Vec::new();
-    {
-        let stage = raise(&arguments.dir, &binary, &stop)?;
-        if [Part::Moves, Part::Link, Part::Footprint].iter().any(|part| arguments.wants(*part)) {
-            tables.push(ours(arguments, &stage, &binary, &folder)?);
-        }
-        if arguments.wants(Part::Virsh) {
-            tables.push(compare(arguments, &stage, &folder)?);
-        }
-        if arguments.wants(Part::Forecast) {
-            tables.push(foretell(arguments, &stage, &folder)?);
-        }
+    let stage = raise(&arguments.dir, &binary, &stop)?;
+    if [Part::Moves, Part::Link, Part::Footprint].iter().any(|part| arguments.wants(*part)) {
+        print(&ours(arguments, &stage, &binary, &folder)?)?;
     }
-    io::stdout().lock().write_all(tables.join("\n").as_bytes())?;
+    if arguments.wants(Part::Virsh) {
+        print(&compare(arguments, &stage, &folder)?)?;
+    }
+    if arguments.wants(Part::Forecast) {
+        print(&foretell(arguments, &stage, &folder)?)?;
+    }
     Ok(())
+}
+
+fn print(table: &str) -> Result<()> {
+    writeln!(io::stdout().lock(), "{table}").context("cannot write a table")
 }
 
 /// What `whimbrel` does by itself.

@@ -56,8 +56,8 @@ impl Contender {
 /// What is to be reached; each only where it is given.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub(crate) struct Targets {
-    /// Whimbrel ÷ virsh: from the command to running on the destination.
-    pub(crate) to_running_ratio: Option<f64>,
+    /// Whimbrel ÷ virsh: the command, which ends when it can say that the guest runs on the destination.
+    pub(crate) command_ratio: Option<f64>,
     /// Whimbrel ÷ virsh: the pause.
     pub(crate) downtime_ratio: Option<f64>,
     /// Whimbrel's use of the link, at least.
@@ -113,8 +113,8 @@ impl Case {
         self
     }
 
-    fn ratios(mut self, to_running: f64, downtime: f64) -> Self {
-        self.targets.to_running_ratio = Some(to_running);
+    fn ratios(mut self, command: f64, downtime: f64) -> Self {
+        self.targets.command_ratio = Some(command);
         self.targets.downtime_ratio = Some(downtime);
         self
     }
@@ -131,7 +131,7 @@ impl Case {
                 Tool::Virsh => contender.options.push("--tls"),
             }
         }
-        for ratio in [&mut case.targets.to_running_ratio, &mut case.targets.downtime_ratio] {
+        for ratio in [&mut case.targets.command_ratio, &mut case.targets.downtime_ratio] {
             *ratio = ratio.map(|ratio| ((ratio + TLS_ALLOWANCE) * 100.0).round() / 100.0);
         }
         case
