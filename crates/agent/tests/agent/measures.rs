@@ -68,7 +68,12 @@ fn a_dirty_rate_is_refused_where_it_cannot_be_measured() {
             place.faults("measuring-ms=600000");
             let (at, asked) = (std::sync::Arc::clone(&host), usual.clone());
             let going_on = tokio::spawn(async move { measure(&at, id, &asked).await });
-            eventually(async || code(id, &usual).await == ErrorCode::Busy).await;
+            let begun = async || {
+                let last = whimbrel_agent::measure::last_dirty_rate(&host, id).await.unwrap();
+                last.calc_status == CalcStatus::Measuring
+            };
+            eventually(begun).await;
+            assert_eq!(code(id, &usual).await, ErrorCode::Busy);
             // Whoever migrates has it then, and its figure is void.
             let lent = host.vms.lend(id, MigrationId::new()).await.unwrap();
             let void = going_on.await.unwrap().unwrap_err();
