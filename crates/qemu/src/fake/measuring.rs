@@ -22,7 +22,8 @@ pub(super) fn begin(vm: &Vm, arguments: &Value) -> Result<(), String> {
     let milliseconds = arguments["calc-time-unit"] == json!("millisecond");
     let period = arguments["calc-time"].as_u64().unwrap_or(0);
     let period = if milliseconds { period } else { period.saturating_mul(1000) };
-    if !(1000..=60_000).contains(&period) && !(milliseconds && (50..=60_000).contains(&period)) {
+    let shortest = if milliseconds { 50 } else { 1000 };
+    if !(shortest..=60_000).contains(&period) {
         return Err("Calculation time is out of range".to_owned());
     }
     vm.state().measuring = Some((arguments.clone(), Instant::now()));

@@ -14,8 +14,9 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::Instant;
 
+use super::serving::{self, Served};
 use super::vm::{Migration, Vm};
-use super::{Version, serving, state_file, tls};
+use super::{Version, state_file, tls};
 use crate::machine::RunState;
 
 /// How long the copying takes when nothing else is ordered.
@@ -102,7 +103,7 @@ fn tcp(arguments: &Value) -> Result<String, String> {
 
 /// `migrate` with `resume`.
 fn resume(vm: &Vm, arguments: &Value) -> Result<(), String> {
-    let address = tcp(arguments)?;
+    let address = arguments["uri"].as_str().unwrap_or_default().to_owned();
     let mut state = vm.state();
     if state.migration.status != "postcopy-paused" {
         return Err("Cannot resume if there is no paused migration".to_owned());
@@ -132,8 +133,10 @@ async fn conduct(vm: &Arc<Vm>, address: &str, file: Option<File>) {
     let _ = vm.faults.at("settling").await;
     let stopped = vm.state().run_state == RunState::FinishMigrate;
     if stopped {
+        // 7.2 forgets that it ran where it was to go on in post-copy.
+        let remembers = vm.version == Version::V10_0 || !vm.state().migration.postcopy_ordered;
         match (&run_state_before, vm.version) {
-            (RunState::Running, _) => vm.resume(),
+            (RunState::Running, _) if remembers => vm.resume(),
             (_, Version::V7_2) => vm.state().run_state = RunState::PostMigrate,
             (before, Version::V10_0) => vm.state().run_state = before.clone(),
         }
@@ -168,7 +171,12 @@ async fn send(vm: &Arc<Vm>, address: &str, before: &RunState) -> Result<(), End>
         or_cancelled(vm, async { Ok(write_line(&mut writer, &package).await?) }).await?;
         vm.state().migration.downtime_ms = Some(milliseconds(stopped));
         vm.leave_disks();
-        serving::serve(vm, (lines, writer)).await?;
+        let served = serving::serve(vm, (lines, writer)).await;
+        if matches!(served, Served::TakenBack) && vm.version == Version::V7_2 {
+            vm.migration_becomes("failed");
+            vm.state().run_state = RunState::PostMigrate;
+            return Ok(());
+        }
     } else {
         end(vm, (lines, writer), before).await?;
     }

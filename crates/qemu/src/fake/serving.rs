@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 
 use super::Version;
 use super::outgoing::{Connection, End, connect, passes, write_line};
@@ -18,21 +20,32 @@ use super::vm::Vm;
 /// How long sending what is left takes when nothing else is ordered.
 const POSTCOPY_MILLISECONDS: u64 = 50;
 
-/// In how many steps.
-const POSTCOPY_STEPS: u64 = 10;
+/// How often some of it is sent.
+const POSTCOPY_STEP_MILLISECONDS: u64 = 5;
+
+/// How it ended.
+pub(super) enum Served {
+    /// The other end has everything.
+    Whole,
+    /// A stand-in for the other end has said so.
+    TakenBack,
+}
 
 /// Sends the rest, over new connections when one is lost. Ends when the other end has everything.
-pub(super) async fn serve(vm: &Arc<Vm>, connection: Connection) -> Result<(), End> {
+pub(super) async fn serve(vm: &Arc<Vm>, connection: Connection) -> Served {
     let mut connection = Some(connection);
     loop {
         let current = match connection.take() {
             Some(current) => current,
-            None => taken_up(vm).await,
+            None => match taken_up(vm).await {
+                Some(current) => current,
+                None => return Served::TakenBack,
+            },
         };
         vm.migration_becomes("postcopy-active");
         tokio::select! {
             served = pages(vm, current) => if served.is_ok() {
-                return Ok(());
+                return Served::Whole;
             },
             () = vm.pause_ordered.notified() => {}
         }
@@ -41,18 +54,18 @@ pub(super) async fn serve(vm: &Arc<Vm>, connection: Connection) -> Result<(), En
 }
 
 async fn pages(vm: &Arc<Vm>, (mut lines, mut writer): Connection) -> Result<(), End> {
-    let all = vm.faults.setting("postcopy-ms", POSTCOPY_MILLISECONDS);
     let total = vm.state().migration.total_bytes;
-    let step = (total / POSTCOPY_STEPS).max(1);
     loop {
         passes(vm, "postcopy").await?;
+        let all = vm.faults.setting("postcopy-ms", POSTCOPY_MILLISECONDS).max(1);
         let sent = vm.state().migration.transferred_bytes;
         if sent >= total {
             break;
         }
-        let bytes = step.min(total - sent);
+        let step = total.saturating_mul(POSTCOPY_STEP_MILLISECONDS) / all;
+        let bytes = step.clamp(1, total - sent);
         tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(all / POSTCOPY_STEPS)) => {}
+            () = tokio::time::sleep(Duration::from_millis(POSTCOPY_STEP_MILLISECONDS)) => {}
             // Nothing is said to a source here: this is the end of the connection.
             _ = lines.next_line() => return Err(lost()),
         }
@@ -72,8 +85,8 @@ fn lost() -> End {
     End::Failed("Channel error: Input/output error".to_owned())
 }
 
-/// Waits for the order to take it up again until that succeeds.
-async fn taken_up(vm: &Arc<Vm>) -> Connection {
+/// Waits for the order to take it up again until that succeeds; none if it is over by that.
+async fn taken_up(vm: &Arc<Vm>) -> Option<Connection> {
     loop {
         let address = vm.state().migration.resume_to.take();
         let Some(address) = address else {
@@ -83,11 +96,38 @@ async fn taken_up(vm: &Arc<Vm>) -> Connection {
         if vm.version == Version::V10_0 {
             vm.migration_becomes("postcopy-recover-setup");
         }
-        match resume(vm, &address).await {
+        let taken_up = match address.strip_prefix("unix:") {
+            Some(path) => believe(vm, path).await.map(|()| None),
+            None => resume(vm, address.trim_start_matches("tcp:")).await.map(Some),
+        };
+        match taken_up {
             Ok(connection) => return connection,
             Err(_) => vm.migration_becomes("postcopy-paused"),
         }
     }
+}
+
+/// Asks a stand-in as a real source does: which pages of its one block have come, and whether to
+/// go on.
+async fn believe(vm: &Arc<Vm>, path: &str) -> Result<(), End> {
+    let mut stream = UnixStream::connect(path).await?;
+    vm.migration_becomes("postcopy-recover");
+    passes(vm, "recovering").await?;
+    stream.write_all(b"\x08\0\x0a\0\x05\x04ram0").await?;
+    let mut head = [0; 4 + 5 + 8];
+    stream.read_exact(&mut head).await?;
+    let mut length = [0; 8];
+    length.copy_from_slice(&head[9..]);
+    let groups = vm.options.memory_bytes.div_ceil(4096).div_ceil(64);
+    if u64::from_be_bytes(length) != groups * 8 {
+        return Err(lost());
+    }
+    let mut pages = vec![0; usize::try_from(groups * 8 + 8).map_err(|_| lost())?];
+    stream.read_exact(&mut pages).await?;
+    stream.write_all(b"\x08\0\x09\0\0").await?;
+    stream.read_exact(&mut [0; 16]).await?;
+    vm.migration_becomes("postcopy-active");
+    Ok(())
 }
 
 async fn resume(vm: &Arc<Vm>, address: &str) -> Result<Connection, End> {

@@ -27,6 +27,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use super::outgoing::pause_postcopy;
 use super::settings::{Stream, default_parameters, next_change, set_capabilities, set_parameters};
 use super::{MigrationStatus, Statistics, tls};
 use crate::machine::{Machine, RunState};
@@ -36,6 +37,9 @@ use crate::schema::Features;
 
 /// Pause between two questions when no event comes.
 const POLL_MILLISECONDS: u64 = 100;
+
+/// How often a destination is told to listen again that does not see yet that it must.
+const RECOVER_TRIES_MAX: u32 = 20;
 
 /// How a destination waits for its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -283,13 +287,10 @@ enum Standing {
 fn standing(statistics: &Statistics) -> Result<Standing, IncomingError> {
     match statistics.status {
         MigrationStatus::Completed => Ok(Standing::Whole),
-        MigrationStatus::PostcopyActive
-        | MigrationStatus::PostcopyPaused
-        | MigrationStatus::PostcopyRecover
-        | MigrationStatus::PostcopyRecoverSetup => Ok(Standing::Postcopy),
         MigrationStatus::Failed | MigrationStatus::Cancelled => {
             Err(IncomingError::Failed { reason: statistics.error_desc.clone() })
         }
+        ref status if status.is_postcopy() => Ok(Standing::Postcopy),
         _ => Ok(Standing::Precopy),
     }
 }
@@ -299,10 +300,12 @@ fn standing(statistics: &Statistics) -> Result<Standing, IncomingError> {
 /// out even while QEMU answers nothing else (out of band), since its guest, or a device, may be
 /// waiting for a page; so the port is looked for at the process.
 ///
+/// A connection that this end still believes in is given up for it: the source knows better.
+///
 /// # Errors
 ///
-/// [`IncomingError::Listen`]: refused, most often because post-copy is not paused (yet) here:
-/// [`pause_postcopy`](super::outgoing::pause_postcopy) does that. `NoAddress`.
+/// [`IncomingError::Listen`]: refused, most often because there is no post-copy here that is
+/// paused, or could be. `NoAddress`.
 pub async fn recover(
     machine: &Machine,
     process: &Process,
@@ -311,11 +314,17 @@ pub async fn recover(
 ) -> Result<Listening, IncomingError> {
     let first = SocketAddr::new(address, *ports.start());
     let uri = json!({ "uri": format!("tcp:{first},to={}", ports.end()) });
-    machine
-        .qmp()
-        .execute_oob("migrate-recover", uri)
-        .await
-        .map_err(|source| IncomingError::Listen { address, ports, source })?;
+    let mut tries = 1;
+    while let Err(source) = machine.qmp().execute_oob("migrate-recover", uri.clone()).await {
+        if !source.is_refusal() || tries >= RECOVER_TRIES_MAX {
+            return Err(IncomingError::Listen { address, ports, source });
+        }
+        tries += 1;
+        if let Err(error) = pause_postcopy(machine).await {
+            tracing::debug!(%error, "there is no connection to give up");
+        }
+        tokio::time::sleep(Duration::from_millis(POLL_MILLISECONDS)).await;
+    }
     match process.listening_port() {
         Ok(Some(port)) => Ok(Listening { address: SocketAddr::new(address, port) }),
         Ok(None) => Err(IncomingError::NoAddress),

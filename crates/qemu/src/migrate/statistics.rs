@@ -68,6 +68,18 @@ impl MigrationStatus {
             other => Self::Unknown(other.to_owned()),
         }
     }
+
+    /// Whether the guest's state has been sent before its memory.
+    #[must_use]
+    pub fn is_postcopy(&self) -> bool {
+        matches!(
+            self,
+            Self::PostcopyActive
+                | Self::PostcopyPaused
+                | Self::PostcopyRecoverSetup
+                | Self::PostcopyRecover
+        )
+    }
 }
 
 /// Every figure that QEMU tells of a migration. All optional: which are there depends on the

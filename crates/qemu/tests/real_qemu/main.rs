@@ -9,5 +9,7 @@ mod certificates;
 mod contract;
 mod life;
 mod migrations;
+mod postcopy;
 mod rig;
 mod tls;
+mod ways;

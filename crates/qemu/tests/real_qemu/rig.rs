@@ -5,10 +5,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::sync::watch;
 use uuid::Uuid;
-use whimbrel_qemu::command_line::{self, Boot, ConsoleSpec, CpuSpec, VmSpec};
+use whimbrel_qemu::command_line::{
+    self, Boot, Cache, ConsoleSpec, CpuSpec, DiskFormat, DiskSpec, VmSpec,
+};
 use whimbrel_qemu::engine::Accelerator;
 use whimbrel_qemu::event::{EventError, EventKind, Events, Timestamp};
 use whimbrel_qemu::machine::{Machine, RunState};
@@ -20,7 +23,7 @@ use whimbrel_qemu::process::{Launch, Process, UnprivilegedUser};
 use crate::certificates::Pool;
 
 /// Set where a missing engine is a failure instead of a test passed over.
-const REQUIRE: &str = "WHIMBREL_REQUIRE_ENGINES";
+pub(crate) const REQUIRE: &str = "WHIMBREL_REQUIRE_ENGINES";
 
 /// Where the versions are unpacked; 7.2 may also be the system's own.
 const ENGINES_DIR: &str = "/var/tmp/whimbrel-lab/cache/engines";
@@ -33,6 +36,17 @@ const MEMORY_BYTES: u64 = 64 * 1024 * 1024;
 
 /// No wait of a test is longer.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A boot sector whose guest writes into each page from 1 to 60 MiB, for ever: in 32-bit mode, it
+/// counts the rounds, and writes the round's number.
+const WRITER: &[u8] = b"\xfa\x31\xc0\x8e\xd8\xe4\x92\x0c\x02\xe6\x92\x66\x0f\x01\x16\x60\
+    \x7c\x0f\x20\xc0\x0c\x01\x0f\x22\xc0\x66\xea\x21\x7c\0\0\x08\0\x66\xb8\x10\0\x8e\
+    \xd8\xbb\0\0\0\0\x43\xbf\0\0\x10\0\x89\x1f\x81\xc7\0\x10\0\0\x81\xff\0\0\xc0\x03\
+    \x72\xf0\xeb\xe8";
+
+/// What follows it: its segments, flat (code, then data), and where they are.
+const WRITER_SEGMENTS: (usize, &[u8]) =
+    (0x48, b"\0\0\0\0\0\0\0\0\xff\xff\0\0\0\x9a\xcf\0\xff\xff\0\0\0\x92\xcf\0\x17\0\x48\x7c\0\0");
 
 /// One QEMU, installed or imitated.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,6 +213,40 @@ impl Lab {
         guest
     }
 
+    /// A VM with a disk, which both ends share, and from which it runs [`WRITER`].
+    pub(crate) fn writer(&self, name: &str, incoming: bool) -> VmSpec {
+        let path = self.dir.path().join("writer.raw");
+        if !path.exists() {
+            let mut sector = vec![0; 1 << 20];
+            sector[..WRITER.len()].copy_from_slice(WRITER);
+            let (at, segments) = WRITER_SEGMENTS;
+            sector[at..at + segments.len()].copy_from_slice(segments);
+            sector[510..512].copy_from_slice(b"\x55\xaa");
+            std::fs::write(&path, sector).unwrap();
+            self.hand_over(&path);
+        }
+        let mut spec = self.spec(name, incoming);
+        spec.disks.push(DiskSpec {
+            node: "disk0".to_owned(),
+            path,
+            format: DiskFormat::Raw,
+            read_only: false,
+            serial: None,
+            cache: Cache::WriteBack,
+        });
+        spec
+    }
+
+    /// Starts a guest that writes, and waits until it does.
+    pub(crate) async fn start_writing(&self, engine: &Engine, name: &str) -> Guest {
+        let guest = self.start_spec(engine, self.writer(name, false)).await;
+        guest.machine.cont().await.unwrap();
+        if !engine.fake {
+            guest.rounds_beyond(0).await;
+        }
+        guest
+    }
+
     pub(crate) fn tls(&self, hosts: [&str; 3]) -> [PathBuf; 3] {
         let pool = Pool::new();
         hosts.map(|host| {
@@ -247,6 +295,23 @@ impl Guest {
             }
         })
         .await;
+    }
+
+    /// Waits until a guest that writes has done more rounds than that; tells how many.
+    pub(crate) async fn rounds_beyond(&self, rounds: u32) -> u32 {
+        soon(async {
+            loop {
+                let look = json!({ "command-line": "xp /1wd 0x100000" });
+                let told = self.machine.qmp().execute("human-monitor-command", look).await.unwrap();
+                let told = told.as_str().unwrap().split(": ").nth(1).unwrap().trim().parse();
+                let now: u32 = told.unwrap();
+                if now > rounds {
+                    return now;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await
     }
 
     pub(crate) async fn killed(&self) {

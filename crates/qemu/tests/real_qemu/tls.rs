@@ -10,11 +10,11 @@ use whimbrel_qemu::migrate::outgoing::{self, Outgoing, OutgoingError, OutgoingTl
 
 use crate::rig::{Engine, Guest, Lab, listening, moved, pairs, soon, to};
 
-fn server(dir: &Path) -> Option<IncomingTls> {
+pub(crate) fn server(dir: &Path) -> Option<IncomingTls> {
     Some(IncomingTls { credentials_dir: dir.to_owned(), authorized_dn: "CN=host-a".to_owned() })
 }
 
-fn client(dir: &Path, hostname: &str) -> Option<OutgoingTls> {
+pub(crate) fn client(dir: &Path, hostname: &str) -> Option<OutgoingTls> {
     Some(OutgoingTls { credentials_dir: dir.to_owned(), hostname: hostname.to_owned() })
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 use tokio::sync::Mutex;
 
-use super::super::settings::{LiveChange, bandwidth, set_parameters};
+use super::super::settings::{LiveChange, MAX_DOWNTIME_MS_MAX, bandwidth, set_parameters};
 use crate::machine::Machine;
 use crate::qmp::QmpError;
 
@@ -30,6 +30,7 @@ pub(super) struct Aim {
 
 impl Aim {
     fn first(most_ms: u64) -> Self {
+        let most_ms = most_ms.min(MAX_DOWNTIME_MS_MAX);
         // The first pass sends everything, and says nothing of the guest.
         Self { now_ms: most_ms.min(FIRST_AIM_MS), most_ms, passes: 1 }
     }
@@ -41,9 +42,12 @@ impl Aim {
     }
 
     /// The aim under another limit. One that had come to the old limit goes to the new one at
-    /// once: its guest has been seen to write faster than that.
+    /// once: its guest has been seen to write faster than that. So does every one where the new
+    /// limit is the longest there is: it is to end now.
     fn within(self, most_ms: u64) -> Self {
-        let now_ms = if self.now_ms == self.most_ms { most_ms } else { self.now_ms.min(most_ms) };
+        let most_ms = most_ms.min(MAX_DOWNTIME_MS_MAX);
+        let at_once = self.now_ms == self.most_ms || most_ms == MAX_DOWNTIME_MS_MAX;
+        let now_ms = if at_once { most_ms } else { self.now_ms.min(most_ms) };
         Self { now_ms, most_ms, ..self }
     }
 }
@@ -83,7 +87,8 @@ impl Control {
     }
 
     /// Changes limits. Before the first pass over the memory is done, a longer downtime is only
-    /// what will be aimed at in the end.
+    /// what will be aimed at in the end; but the longest there is ([`MAX_DOWNTIME_MS_MAX`], to
+    /// which longer ones are cut) stops the guest at the next look.
     ///
     /// # Errors
     ///
@@ -104,7 +109,8 @@ impl Control {
         let mut set = |name: &str, value: Value| parameters.insert(name.to_owned(), value);
         let next = change.max_downtime_ms.map(|most_ms| {
             let next = aim.map(|aim| aim.within(most_ms));
-            set("downtime-limit", json!(next.map_or(most_ms, |aim| aim.now_ms)));
+            let now_ms = next.map_or(most_ms.min(MAX_DOWNTIME_MS_MAX), |aim| aim.now_ms);
+            set("downtime-limit", json!(now_ms));
             next
         });
         if parameters.is_empty() {
@@ -175,6 +181,8 @@ mod tests {
         assert_eq!(reached.within(10), Aim { now_ms: 10, most_ms: 10, passes: 12 });
         let under_way = Aim { now_ms: 4, most_ms: 300, passes: 4 };
         assert_eq!(under_way.within(2000), Aim { now_ms: 4, most_ms: 2000, passes: 4 });
+        let most_ms = MAX_DOWNTIME_MS_MAX;
+        assert_eq!(under_way.within(u64::MAX), Aim { now_ms: most_ms, most_ms, passes: 4 });
         assert_eq!(under_way.within(2), Aim { now_ms: 2, most_ms: 2, passes: 4 });
     }
 }
