@@ -192,10 +192,7 @@ impl Fact {
         let downtime = moved.record.downtime.context("the record tells no downtime")?;
         let progress = moved.record.progress.as_ref();
         let progress = progress.context("the record has no figures of QEMU")?;
-        let stopped = downtime.stopped_at_us.context("QEMU's STOP event was missed")?;
-        let resumed = downtime.resumed_at_us.context("QEMU's RESUME event was missed")?;
-        // After a post-copy the memory comes later than the guest.
-        let all_there = resumed.max(stopped + downtime.stop_to_completed_us);
+        let all_there = moved.all_there_us()?;
         Ok(Self {
             total_ms: all_there.saturating_sub(moved.spawned_us) as f64 / 1e3,
             downtime_ms: downtime.total_us as f64 / 1e3,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
+use whimbrel_api::Phase;
 use whimbrel_api::migration::{Migration, MigrationState};
 use whimbrel_api::vm::Vm;
 use whimbrel_lab::report::Report;
@@ -84,15 +85,33 @@ pub(crate) struct Moved {
 }
 
 impl Moved {
-    /// When QEMU began to copy memory: the end of its setup, in microseconds since 1970.
+    /// When QEMU began to copy memory, in microseconds since 1970: the end of its setup.
     pub(crate) fn copying_us(&self) -> Result<u64> {
-        let downtime = self.record.downtime.context("the record tells no downtime")?;
-        let progress =
-            self.record.progress.as_ref().context("the record has no figures of QEMU")?;
+        let record = &self.record;
+        let downtime = record.downtime.context("the record tells no downtime")?;
+        let progress = record.progress.as_ref().context("the record has no figures of QEMU")?;
+        let began = |wanted| record.phases.iter().find(|start| start.phase == wanted);
+        if began(Phase::Postcopy).is_some() {
+            // QEMU's total time then goes on long after the pause, and cannot be reckoned back from it.
+            let precopy = began(Phase::Precopy).context("the record tells no pre-copy")?;
+            return u64::try_from(precopy.at.as_microsecond()).context("it began before 1970");
+        }
         let stopped = downtime.stopped_at_us.context("QEMU's STOP event was missed")?;
         let setup_us = progress.engine_setup_ms.unwrap_or(0) * 1_000;
         let completed = stopped + downtime.stop_to_completed_us;
         Ok((completed + setup_us).saturating_sub(progress.engine_total_ms * 1_000))
+    }
+
+    /// When all of the guest's memory was on the destination, in microseconds since 1970; after a post-copy that is later
+    /// than the guest.
+    pub(crate) fn all_there_us(&self) -> Result<u64> {
+        let downtime = self.record.downtime.context("the record tells no downtime")?;
+        let progress =
+            self.record.progress.as_ref().context("the record has no figures of QEMU")?;
+        let resumed = downtime.resumed_at_us.context("QEMU's RESUME event was missed")?;
+        let setup_ms = progress.engine_setup_ms.unwrap_or(0);
+        let copied_ms = progress.engine_total_ms.saturating_sub(setup_ms);
+        Ok(resumed.max(self.copying_us()? + copied_ms * 1_000))
     }
 }
 

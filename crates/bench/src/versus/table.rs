@@ -159,8 +159,17 @@ pub(crate) fn table(comparison: &Comparison) -> String {
 }
 
 fn heading(title: &str) -> String {
-    let columns =
-        ["running", "QEMU's", "downtime", "worst", "command", "probe gap", "lost", "link"];
+    let columns = [
+        "running",
+        "QEMU's",
+        "downtime",
+        "worst",
+        "command",
+        "probe gap",
+        "lost",
+        "guest gap",
+        "link",
+    ];
     columns.iter().fold(format!("{title:NAME_COLUMNS$}"), |mut text, column| {
         let _infallible = write!(text, "{column:>VALUE_COLUMNS$}");
         text
@@ -180,6 +189,7 @@ fn line(summary: &Summary, within_s: u64) -> String {
             seconds(medians.command_ms),
             format!("{:.0} ms", medians.probe_gap_ms),
             format!("{}", medians.packets_lost),
+            format!("{:.0} ms", medians.guest_gap_ms),
             medians.link_used_percent.map(|used| format!("{used:.1} %")).unwrap_or_default(),
         ];
         for value in values {
