@@ -169,7 +169,7 @@
 //! | `LookForRest` (B) | asks QEMU, now, whether all memory is here (`completed`), or it lacks some and its stream has ended (`postcopy-paused`, and no new stream is being made) | `Loaded` or `Starved`; nothing where it is neither |
 //! | `KillTarget` (B) | SIGKILL to B's QEMU; does not wait | `QemuGone`, whenever it is gone (at once when there is none) |
 //! | `Announce` (B) | tells the network where the guest is now | – |
-//! | `AcceptCancel`, `RefuseCancel` | answers whoever gave `Cancel` | – |
+//! | `AcceptCancel`, `RefuseCancel` | answers whoever gave `Cancel`, all of them; until then they are told that it is not known yet | – |
 //! | `RaiseUnresolved` | reports `Outcome::Unresolved` with the peer to ask, and raises it to the operator; a `Settle` may follow | – |
 //! | `Settle(outcome)` | reports the outcome of the migration, which is durable by now | – |
 //!

@@ -26,7 +26,8 @@ pub enum SourceInput {
     Receive(Message),
     /// Time to ask again.
     Tick,
-    /// Somebody wants the migration to end here. Answered by `AcceptCancel` or `RefuseCancel`.
+    /// Somebody wants the migration to end here. Answered by `AcceptCancel` or `RefuseCancel`, and not before
+    /// the one or the other is true for ever.
     Cancel,
     /// The copy failed or took too long; the sentence says why. Ignored from the release on.
     Fail(String),
@@ -46,6 +47,9 @@ pub struct Source {
     /// Whether the source's QEMU still holds the guest.
     alive: bool,
     rest: Rest,
+    /// Somebody wants the migration to end here and has not been answered: what becomes of the VM is not known
+    /// yet, or that it stays is not durable yet.
+    cancel_asked: bool,
     state: State,
 }
 
@@ -121,7 +125,8 @@ impl Source {
         let leaving = Standing::Leaving { to: to.clone() };
         let actions = vec![Action::Persist(Ownership::of(claim, current.intent, leaving))];
         let (intent, rest, state) = (current.intent, Rest::None, State::Recording);
-        Ok((Self { claim, to, intent, alive: true, rest, state }, actions))
+        let (alive, cancel_asked) = (true, false);
+        Ok((Self { claim, to, intent, alive, rest, cancel_asked, state }, actions))
     }
 
     /// Rebuilds the source of an open migration after a restart of its agent: one that had not
@@ -135,6 +140,7 @@ impl Source {
             intent: record.intent,
             alive,
             rest,
+            cancel_asked: false,
             state,
         };
         let (mut source, aborts) = match &record.standing {
@@ -172,8 +178,7 @@ impl Source {
         matches!(self.state, State::Stayed | State::Moved)
     }
 
-    /// Whether the release may have been written: from here on a cancel is refused and the outcome
-    /// is the destination's to tell.
+    /// Whether the release may have been written: from here on no cancel ends the migration.
     #[must_use]
     pub const fn is_past_release(&self) -> bool {
         matches!(
@@ -227,14 +232,17 @@ impl Source {
             State::Releasing => {
                 // The point of no return is behind us.
                 self.state = State::InDoubt { raised: false };
-                vec![self.go()]
+                let mut actions = vec![self.go()];
+                if std::mem::take(&mut self.cancel_asked) {
+                    actions.push(Action::RefuseCancel);
+                }
+                actions
             }
             State::Retracting => self.resume_and_settle(LEDGER_FAILED),
             State::Reclaiming => self.resume_and_settle(REFUSED),
             State::Staying { ref why } => {
-                let report = stayed(why);
-                self.state = State::Stayed;
-                vec![report]
+                let why = why.clone();
+                self.settle_stayed(&why)
             }
             State::Retiring => {
                 self.state = State::Moved;
@@ -329,15 +337,23 @@ impl Source {
         }
     }
 
+    /// Refused once the release is durable, accepted once the stay is. In between nobody knows: a failed write of the
+    /// release may have landed, and where nothing of the migration is on the disk it could be begun a second time.
     fn cancel(&mut self) -> Vec<Action> {
-        if self.is_past_release() {
-            return vec![Action::RefuseCancel];
+        match self.state {
+            State::InDoubt { .. } | State::Serving { .. } | State::Retiring | State::Moved => {
+                vec![Action::RefuseCancel]
+            }
+            State::Stayed => vec![Action::AcceptCancel],
+            State::Releasing | State::Retracting | State::Reclaiming | State::Staying { .. } => {
+                self.cancel_asked = true;
+                Vec::new()
+            }
+            State::Recording | State::Copying { .. } | State::Confirming => {
+                self.cancel_asked = true;
+                self.abort(CANCELLED)
+            }
         }
-        let mut actions = vec![Action::AcceptCancel];
-        if self.may_abort() {
-            actions.extend(self.abort(CANCELLED));
-        }
-        actions
     }
 
     fn qemu_gone(&mut self) -> Vec<Action> {
@@ -405,8 +421,18 @@ impl Source {
     /// Resumes the guest after its record has been written.
     fn resume_and_settle(&mut self, why: &str) -> Vec<Action> {
         let mut actions = self.resume(why);
-        actions.push(stayed(why));
+        actions.extend(self.settle_stayed(why));
+        actions
+    }
+
+    /// That the VM stays is durable.
+    fn settle_stayed(&mut self, why: &str) -> Vec<Action> {
         self.state = State::Stayed;
+        let mut actions = Vec::new();
+        if std::mem::take(&mut self.cancel_asked) {
+            actions.push(Action::AcceptCancel);
+        }
+        actions.push(stayed(why));
         actions
     }
 

@@ -73,6 +73,12 @@ bugs! {
     MovedReportedOnGo => (i::TRUTHFUL, 1, 0),
     /// A cancel is accepted after the release.
     CancelAfterRelease => (i::CANCEL, 1, 0),
+    /// A cancel is refused where a failed write of the release may not have landed.
+    CancelRefusedUnknown => (i::CANCEL, 1, 2),
+    /// A cancel is accepted where a failed write of the release may have landed.
+    CancelAcceptedUnknown => (i::CANCEL, 1, 3),
+    /// A cancel is accepted before anything on the disk keeps the migration from being begun again.
+    CancelBeforeDurable => (i::CANCEL, 1, 3),
     /// A second migration is admitted while one is under way.
     SecondMigrationAdmitted => (i::ONE_MIGRATION, 2, 0),
     /// A restarted source abandons the copy but forgets to resume its guest.
@@ -347,6 +353,17 @@ fn tamper_source(bug: Bug, machine: &Machine, input: &SourceInput, actions: &mut
         }
         Bug::CancelAfterRelease if *actions == [Action::RefuseCancel] => {
             *actions = vec![Action::AcceptCancel];
+        }
+        Bug::CancelRefusedUnknown | Bug::CancelAcceptedUnknown
+            if *input == SourceInput::Cancel && source.is_past_release() && actions.is_empty() =>
+        {
+            actions.push(match bug {
+                Bug::CancelRefusedUnknown => Action::RefuseCancel,
+                _ => Action::AcceptCancel,
+            });
+        }
+        Bug::CancelBeforeDurable if *input == SourceInput::Cancel && !source.is_past_release() => {
+            actions.insert(0, Action::AcceptCancel);
         }
         Bug::CancelWhileServing if *input == SourceInput::Cancel && source.is_serving() => {
             *actions = vec![Action::AcceptCancel];

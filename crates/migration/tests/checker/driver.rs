@@ -327,7 +327,9 @@ impl Handoff {
                 }
             }
             Action::RefuseCancel => {
-                if !migration.and_then(|id| world.try_of(id)).is_some_and(|one| one.released) {
+                let gone = |row: &Ownership| matches!(row.standing, Standing::Gone { .. });
+                let row = migration.and_then(|id| world.hosts[host].row(id));
+                if !row.is_some_and(|row| is_released(row) || gone(row)) {
                     world.broken.insert(invariants::CANCEL);
                 }
             }
