@@ -20,7 +20,7 @@ use crate::tls::{client, server};
 const BOUND: Duration = Duration::from_secs(20);
 
 /// Slow enough for what is done to it meanwhile.
-const SLOW_BYTES_PER_SECOND: u64 = 2 << 20;
+const SLOW_BYTES_PER_SECOND: u64 = 512 << 10;
 
 /// Two guests of which one sends to the other in post-copy.
 struct Two {
@@ -161,9 +161,11 @@ async fn a_cut_postcopy_is_taken_up_again_and_again() {
     for (from, onto) in able_pairs().await {
         for preempt in [false, true] {
             let mut two = Two::begun(&from, &onto, preempt, true).await;
-            two.destination.machine.cont().await.unwrap();
             for round in 0..3 {
-                eprintln!("{from:?} {onto:?} preempt {preempt} round {round}");
+                // Pages that a running guest waits for know no limit: it would be over soon.
+                if round == 2 {
+                    two.destination.machine.cont().await.unwrap();
+                }
                 // By the network, and by order of either side.
                 match round {
                     0 => {

@@ -166,7 +166,8 @@ async fn the_rate_of_writing_is_measured() {
             }
         })
         .await;
-        assert_eq!(measured.period_ms, Some(1000));
+        // 10.0 tells how long it took.
+        assert!((1000..1500).contains(&measured.period_ms.unwrap()), "{measured:?}");
         assert_eq!(measured.mode.as_deref(), Some(mode.as_wire()));
         let rate = measured.mebibytes_per_second.unwrap();
         assert!(engine.fake || (30..=100).contains(&rate), "{engine:?} {measured:?}");

@@ -8,6 +8,26 @@
 //!   wait_postcopy_done ◀─────┐ paused: the connection is lost, both ends wait
 //!         └── paused ──▶ recover
 //! ```
+//!
+//! Seen on 7.2.22 and 10.0.2, with and without preemption and TLS:
+//!
+//! - With `pause-before-switchover` the source stops its guest and waits at `pre-switchover`, as
+//!   before a pre-copy switchover. After `migrate-continue` 7.2 goes to `postcopy-active` at once,
+//!   10.0 by way of `device`. A destination started with `-S` is `postcopy-active` as soon as the
+//!   state comes, still `inmigrate`, then `paused`; `cont` lets its guest run.
+//! - Memory flows while the destination stands still, too: all of it may have come before `cont`.
+//! - Pages that the guest waits for know no limit of the bandwidth.
+//! - A cancel at pre-switchover ends the migration; 10.0 lets the guest run again, 7.2 leaves it
+//!   stopped (`postmigrate`). Later 10.0 refuses, and 7.2 hangs in `cancelling` for good once the
+//!   connection is lost: [`Outgoing::cancel`] does not ask, and [`take_back`](super::take_back) is
+//!   the way.
+//! - In `postcopy-paused` neither `cont` nor another `migrate` is taken. It can be taken up again
+//!   any number of times, with the TLS objects of the first; a try that does not reach anybody
+//!   changes nothing. 7.2 stays in `postcopy-recover` for good if the destination closes the
+//!   connection before it has answered.
+//! - A destination must be allowed to use userfaultfd (`EngineFacts::postcopy_obstacle`): QEMU's
+//!   sandbox lets it. 10.0 opens `/dev/userfaultfd`, which its group may be given (0660); 7.2 knows
+//!   only the system call, which an unprivileged user has with `vm.unprivileged_userfaultfd=1`.
 
 use std::net::SocketAddr;
 use std::time::Duration;
