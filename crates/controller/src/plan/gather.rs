@@ -31,7 +31,7 @@ const THOROUGH_SECONDS: u64 = 20;
 /// Sampled pages of a guest for a migration: the share of zero pages to 2 % or better.
 const BRIEF_PAGES: u32 = 1024;
 /// How often a host is asked what its processors have to spare, in seconds.
-const CPU_AGAIN_SECONDS: u64 = 20;
+const CPU_AGAIN_SECONDS: u64 = 5;
 /// What a link is reckoned to carry that could not be probed, in bytes a second: 10 Gbit/s, so that nothing is done about a
 /// bottleneck that nobody has seen.
 const ASSUMED_LINK_BYTES_PER_S: u64 = 1_250_000_000;
@@ -261,17 +261,20 @@ impl Asking {
 
     async fn cpu(&self, member: Arc<Member>) -> Answer<CpuReport> {
         let controller = self.controller.clone();
-        let at_hand = controller.shelf().cpu.get(&member.name);
-        if at_hand.is_none() && !matches!(self.effort, Effort::Thorough { .. }) {
-            return Err("it was not asked yet".to_owned());
+        if !matches!(self.effort, Effort::Thorough { .. }) {
+            let best = controller.shelf().cpu.best(&member.name);
+            return best.ok_or_else(|| "it was not asked yet".to_owned());
         }
-        self.have(at_hand, async move { ask_cpu(&controller, &member).await }).await
+        self.have(None, async move { ask_cpu(&controller, &member).await }).await
     }
 }
 
+/// Looks at a host's processors; the answer is the best of the last looks, as it is for a migration.
 async fn ask_cpu(controller: &Controller, member: &Member) -> Result<Found<CpuReport>, ApiError> {
     let report = member.agent().cpu().await?;
-    Ok(controller.shelf().cpu.put(member.name.clone(), report, Duration::ZERO))
+    let cpus = &controller.shelf().cpu;
+    let now = cpus.note(member.name.clone(), report);
+    Ok(cpus.best(&member.name).unwrap_or(now))
 }
 
 /// Asks every host that answers what its processors have to spare, again and again.

@@ -3,7 +3,7 @@
 //! Nothing here is a record: a restarted controller measures again. Entries are replaced, never corrected, and bounded in
 //! number; what is older than [`FRESH_SECONDS`] is not told any more.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,6 +15,10 @@ use whimbrel_api::{Name, VmId};
 pub(crate) const FRESH_SECONDS: u64 = 60;
 /// Most results of one kind.
 const ENTRIES_MAX: usize = 1024;
+/// How far back is looked for what a host had to spare, in seconds.
+const CPU_SECONDS: u64 = 120;
+/// Most looks that are kept of one host.
+const CPU_LOOKS_MAX: usize = 32;
 
 /// The results.
 #[derive(Debug, Default)]
@@ -26,7 +30,7 @@ pub(crate) struct Shelf {
     /// The way from one host to another, through TLS or not.
     pub(super) link: Kept<(Name, Name, bool), LinkMeasure>,
     /// What a host's processors have to spare.
-    pub(super) cpu: Kept<Name, CpuReport>,
+    pub(super) cpu: Cpus,
 }
 
 /// A result and when it was measured.
@@ -68,13 +72,66 @@ impl<K: Eq + Hash, T: Clone> Kept<K, T> {
     }
 }
 
+/// What the processors of hosts had to spare, look by look.
+///
+/// The most of the last two minutes is what counts: at a single look an earlier migration, or the probe for the next, may
+/// have had them, and neither is there when the copy begins. A host that is busy with other things is so all the time.
+#[derive(Debug, Default)]
+pub(super) struct Cpus(Mutex<HashMap<Name, VecDeque<Found<CpuReport>>>>);
+
+impl Cpus {
+    /// The look at which a host had most to spare.
+    pub(super) fn best(&self, host: &Name) -> Option<Found<CpuReport>> {
+        let looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent =
+            looks.get(host)?.iter().filter(|look| look.at.elapsed().as_secs() < CPU_SECONDS);
+        let spare = |look: &&Found<CpuReport>| look.value.spare.spare_cores;
+        recent.max_by(|a, b| spare(a).total_cmp(&spare(b))).cloned()
+    }
+
+    /// Notes a look.
+    pub(super) fn note(&self, host: Name, value: CpuReport) -> Found<CpuReport> {
+        let found = Found { at: Instant::now(), value };
+        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if looks.len() >= ENTRIES_MAX && !looks.contains_key(&host) {
+            return found;
+        }
+        let looks = looks.entry(host).or_default();
+        if looks.len() >= CPU_LOOKS_MAX {
+            looks.pop_front();
+        }
+        looks.push_back(found.clone());
+        found
+    }
+}
+
 fn is_fresh<T>(found: &Found<T>) -> bool {
     found.at.elapsed() < Duration::from_secs(FRESH_SECONDS)
 }
 
 #[cfg(test)]
 mod tests {
+    use whimbrel_api::measure::CpuSpare;
+
     use super::*;
+
+    #[test]
+    fn the_idlest_look_counts() {
+        let cpus = Cpus::default();
+        let host: Name = "host-a".parse().unwrap();
+        assert_eq!(cpus.best(&host), None);
+        for spare_cores in [0.5, 1.75, 0.0] {
+            let spare = CpuSpare { spare_cores, cores: 2 };
+            cpus.note(host.clone(), CpuReport { spare, window_ms: 250, boot: String::new() });
+        }
+        let best = |cpus: &Cpus| cpus.best(&host).unwrap().value.spare.spare_cores;
+        assert!((best(&cpus) - 1.75).abs() < f64::EPSILON);
+        for _ in 0..CPU_LOOKS_MAX {
+            let spare = CpuSpare { spare_cores: 0.25, cores: 2 };
+            cpus.note(host.clone(), CpuReport { spare, window_ms: 250, boot: String::new() });
+        }
+        assert!((best(&cpus) - 0.25).abs() < f64::EPSILON, "earlier ones are forgotten");
+    }
 
     #[test]
     fn what_is_old_is_not_told_and_makes_room() {
