@@ -1,6 +1,7 @@
 //! The destination in an imitated post-copy (see `serving`).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncWriteExt, BufReader, Lines};
@@ -31,6 +32,8 @@ pub(super) async fn receive(vm: &Arc<Vm>, connection: Connection) {
             Some(current) => current,
             None => taken_up(vm).await,
         };
+        // An order that came for the connection before this one is done.
+        let _ = tokio::time::timeout(Duration::ZERO, vm.pause_ordered.notified()).await;
         vm.migration_becomes("postcopy-active");
         tokio::select! {
             whole = pages(vm, current) => if whole {

@@ -42,6 +42,8 @@ pub(super) async fn serve(vm: &Arc<Vm>, connection: Connection) -> Served {
                 None => return Served::TakenBack,
             },
         };
+        // An order that came for the connection before this one is done.
+        let _ = tokio::time::timeout(Duration::ZERO, vm.pause_ordered.notified()).await;
         vm.migration_becomes("postcopy-active");
         tokio::select! {
             served = pages(vm, current) => if served.is_ok() {

@@ -181,7 +181,8 @@ async fn a_cut_postcopy_is_taken_up_again_and_again() {
                 let wrong = std::net::SocketAddr::new(listens.ip(), 1);
                 let nowhere = two.outgoing.recover(wrong, Duration::from_millis(300)).await;
                 nowhere.unwrap_err();
-                two.outgoing.recover(listens, BOUND).await.unwrap();
+                let again = two.outgoing.recover(listens, BOUND).await;
+                assert!(again.is_ok(), "{from:?} {onto:?} {preempt} {round}: {again:?}");
                 reaches(&two.destination, MigrationStatus::PostcopyActive).await;
             }
             two.completes(from.fake).await;
