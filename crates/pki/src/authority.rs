@@ -48,6 +48,8 @@ pub enum Role<'a> {
     ControllerClient,
     /// An operator's command line.
     Operator(&'a str),
+    /// A program that reads metrics.
+    Monitor(&'a str),
 }
 
 impl Role<'_> {
@@ -58,6 +60,7 @@ impl Role<'_> {
             Self::QemuServer(host) | Self::QemuClient(host) => Peer::Qemu(host.to_owned()),
             Self::ControllerServer | Self::ControllerClient => Peer::Controller,
             Self::Operator(name) => Peer::Operator(name.to_owned()),
+            Self::Monitor(name) => Peer::Monitor(name.to_owned()),
         }
     }
 
@@ -78,7 +81,8 @@ impl Role<'_> {
             Self::AgentClient(_)
             | Self::QemuClient(_)
             | Self::ControllerClient
-            | Self::Operator(_) => ExtendedKeyUsagePurpose::ClientAuth,
+            | Self::Operator(_)
+            | Self::Monitor(_) => ExtendedKeyUsagePurpose::ClientAuth,
         }
     }
 
@@ -88,7 +92,8 @@ impl Role<'_> {
             | Self::AgentClient(name)
             | Self::QemuServer(name)
             | Self::QemuClient(name)
-            | Self::Operator(name) => identity::check_name(name),
+            | Self::Operator(name)
+            | Self::Monitor(name) => identity::check_name(name),
             Self::ControllerServer | Self::ControllerClient => Ok(()),
         }
     }

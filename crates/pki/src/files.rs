@@ -1,4 +1,4 @@
-//! The identity folders of a host, a controller and an operator: names of the files, loading them
+//! The identity folders of a host, a controller, an operator and a monitor: names of the files, loading them
 //! with checks, and writing them atomically with the right modes.
 //!
 //! ```text
@@ -7,6 +7,7 @@
 //! controller  ca.pem  ca.key (see authority)
 //!                     controller.key  controller-server.pem  controller-client.pem
 //! operator    ca.pem  operator.key  operator.pem
+//! monitor     ca.pem  monitor.key   monitor.pem
 //! ```
 //!
 //! Keys are 0600, certificates 0644, folders that we make 0700. Certificates are renewed for the same
@@ -43,6 +44,10 @@ const CONTROLLER_SERVER: &str = "controller-server.pem";
 const CONTROLLER_CLIENT: &str = "controller-client.pem";
 const OPERATOR_KEY: &str = "operator.key";
 const OPERATOR_CERTIFICATE: &str = "operator.pem";
+/// A monitor's private key, in the folder that its program is pointed to.
+pub const MONITOR_KEY: &str = "monitor.key";
+/// Its certificate.
+pub const MONITOR_CERTIFICATE: &str = "monitor.pem";
 
 /// Longest identity file that is read, in bytes.
 pub const MAX_FILE_BYTES: u64 = 16 * 1024;
@@ -513,6 +518,37 @@ impl OperatorIdentity {
     }
 
     /// What the command line shows.
+    pub fn client(&self) -> Credentials {
+        credentials(&self.ca, &self.certificate, &self.key)
+    }
+}
+
+/// All that makes a program known in a pool that reads metrics.
+#[derive(Clone, Debug)]
+pub struct MonitorIdentity {
+    ca: Certificate,
+    key: PrivateKey,
+    certificate: Certificate,
+}
+
+impl MonitorIdentity {
+    /// Makes a monitor's key and certificate.
+    pub fn issue(authority: &Authority, name: &str) -> Result<Self, BundleError> {
+        let key = PrivateKey::generate()?;
+        let certificate = authority.issue(Role::Monitor(name), &key.subject()?)?;
+        Ok(Self { ca: authority.certificate().clone(), key, certificate })
+    }
+
+    /// Writes the folder, the key first; what was there is replaced.
+    pub fn save(&self, folder: &Path) -> Result<(), BundleError> {
+        ensure_folder(folder)?;
+        write_key(folder, MONITOR_KEY, &self.key)?;
+        write_certificate(folder, MONITOR_CERTIFICATE, &self.certificate)?;
+        write_certificate(folder, CA_CERTIFICATE, &self.ca)?;
+        Ok(())
+    }
+
+    /// What the program shows.
     pub fn client(&self) -> Credentials {
         credentials(&self.ca, &self.certificate, &self.key)
     }

@@ -6,6 +6,7 @@
 //! | QEMU of `host-a` (server and client) | `host-a.qemu.whimbrel` |
 //! | controller | `controller.whimbrel` |
 //! | operator `ann` | `ann.operator.whimbrel` |
+//! | monitor `prometheus` | `prometheus.monitor.whimbrel` |
 //!
 //! The role is the suffix. This module does not check chains or dates ([`crate::tls`] does) and
 //! does not say what a peer may do (callers do).
@@ -19,12 +20,13 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 /// The controller's name in its certificates.
 pub const CONTROLLER_DNS_NAME: &str = "controller.whimbrel";
 
-/// Longest host or operator name, in characters (one DNS label).
+/// Longest name of a host, an operator or a monitor, in characters (one DNS label).
 pub const MAX_NAME_CHARS: usize = 63;
 
 const AGENT_SUFFIX: &str = ".agent.whimbrel";
 const QEMU_SUFFIX: &str = ".qemu.whimbrel";
 const OPERATOR_SUFFIX: &str = ".operator.whimbrel";
+const MONITOR_SUFFIX: &str = ".monitor.whimbrel";
 
 /// The name in a host's agent certificates.
 pub fn agent_dns_name(host: &str) -> String {
@@ -41,7 +43,7 @@ pub fn qemu_subject(host: &str) -> String {
     format!("CN={host}")
 }
 
-/// A text that is no host or operator name.
+/// A text that is no name of a host, an operator or a monitor.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{name:?} is not a name: 1 to {MAX_NAME_CHARS} of a-z, 0-9 and '-', not starting or ending with '-'"
@@ -74,6 +76,8 @@ pub enum Peer {
     Controller,
     /// A person at the command line or console.
     Operator(String),
+    /// A program that reads metrics, and may nothing else.
+    Monitor(String),
     /// The QEMU processes of this host. Never admitted by [`crate::door`].
     Qemu(String),
 }
@@ -84,6 +88,7 @@ impl fmt::Display for Peer {
             Self::Agent(host) => write!(f, "the agent of {host}"),
             Self::Controller => f.write_str("the controller"),
             Self::Operator(name) => write!(f, "operator {name}"),
+            Self::Monitor(name) => write!(f, "monitor {name}"),
             Self::Qemu(host) => write!(f, "QEMU of {host}"),
         }
     }
@@ -96,6 +101,7 @@ impl Peer {
             Self::Agent(host) => agent_dns_name(host),
             Self::Controller => CONTROLLER_DNS_NAME.to_owned(),
             Self::Operator(name) => format!("{name}{OPERATOR_SUFFIX}"),
+            Self::Monitor(name) => format!("{name}{MONITOR_SUFFIX}"),
             Self::Qemu(host) => qemu_dns_name(host),
         }
     }
@@ -110,6 +116,7 @@ impl Peer {
             (AGENT_SUFFIX, Self::Agent as fn(String) -> Self),
             (QEMU_SUFFIX, Self::Qemu),
             (OPERATOR_SUFFIX, Self::Operator),
+            (MONITOR_SUFFIX, Self::Monitor),
         ] {
             if let Some(name) = dns_name.strip_suffix(suffix) {
                 check_name(name).map_err(|_| unknown())?;
@@ -141,7 +148,7 @@ pub enum IdentityError {
         /// The name, shortened.
         name: String,
     },
-    /// QEMU's certificate was shown where only agents, the controller and operators are heard.
+    /// QEMU's certificate was shown where only agents, the controller, operators and monitors are heard.
     #[error("the certificate belongs to {0}, which may only speak to another QEMU")]
     QemuAtDoor(Peer),
     /// The certificate is of somebody who was not expected at this port.

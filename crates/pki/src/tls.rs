@@ -51,7 +51,7 @@ pub enum TlsConfigError {
 }
 
 /// For a door that hears only holders of the pool's client certificates (of agents, the
-/// controller and operators; not of QEMU).
+/// controller, operators and monitors; not of QEMU).
 pub fn server_config(own: &Credentials) -> Result<Arc<ServerConfig>, TlsConfigError> {
     server(own, Anonymous::Refused, Heard::Speakers, vec![own.certificate.der().clone()])
 }
@@ -164,7 +164,7 @@ struct PoolMembers {
 /// Who may speak.
 #[derive(Debug)]
 enum Heard {
-    /// Agents, the controller and operators.
+    /// Agents, the controller, operators and monitors.
     Speakers,
     /// The QEMU of one host.
     QemuOf(String),
@@ -191,7 +191,10 @@ impl ClientCertVerifier for PoolMembers {
     ) -> Result<ClientCertVerified, rustls::Error> {
         let verified = self.usual.verify_client_cert(end_entity, intermediates, now)?;
         let named = identity::peer_of(end_entity).and_then(|peer| match (&self.heard, &peer) {
-            (Heard::Speakers, Peer::Agent(_) | Peer::Controller | Peer::Operator(_)) => Ok(()),
+            (
+                Heard::Speakers,
+                Peer::Agent(_) | Peer::Controller | Peer::Operator(_) | Peer::Monitor(_),
+            ) => Ok(()),
             (Heard::QemuOf(host), Peer::Qemu(name)) if name == host => Ok(()),
             (Heard::QemuOf(_), _) => Err(IdentityError::NotHeard(peer)),
             (Heard::Speakers, Peer::Qemu(_)) => Err(IdentityError::QemuAtDoor(peer)),

@@ -15,7 +15,7 @@ use whimbrel_pki::identity::{IdentityError, Peer, check_name, peer_of};
 use whimbrel_pki::key::{KeyError, MAX_REQUEST_BYTES, PrivateKey, SubjectKey};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-const ROLES: [Role<'static>; 7] = [
+const ROLES: [Role<'static>; 8] = [
     Role::AgentServer("host-a"),
     Role::AgentClient("host-a"),
     Role::QemuServer("host-a"),
@@ -23,6 +23,7 @@ const ROLES: [Role<'static>; 7] = [
     Role::ControllerServer,
     Role::ControllerClient,
     Role::Operator("ann"),
+    Role::Monitor("prometheus"),
 ];
 
 #[test]
@@ -36,8 +37,9 @@ fn every_role_has_its_name_and_exactly_one_usage() {
         "controller.whimbrel",
         "controller.whimbrel",
         "ann.operator.whimbrel",
+        "prometheus.monitor.whimbrel",
     ];
-    let servers = [true, false, true, false, true, false, false];
+    let servers = [true, false, true, false, true, false, false, false];
     for ((role, name), server) in ROLES.into_iter().zip(names).zip(servers) {
         let made = credentials(&pool, role).certificate;
         assert_eq!(made.peer().unwrap(), role.peer());
@@ -252,7 +254,8 @@ proptest! {
     #[test]
     fn a_peer_survives_its_name(name in "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?") {
         check_name(&name).unwrap();
-        for peer in [Peer::Agent(name.clone()), Peer::Qemu(name.clone()), Peer::Operator(name)] {
+        let of = [Peer::Agent, Peer::Qemu, Peer::Operator, Peer::Monitor];
+        for peer in of.map(|of: fn(String) -> Peer| of(name.clone())) {
             prop_assert_eq!(Peer::from_dns_name(&peer.dns_name()).unwrap(), peer);
         }
     }

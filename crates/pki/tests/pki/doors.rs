@@ -60,6 +60,7 @@ async fn a_request_carries_who_asks() {
         (Role::AgentClient("host-a"), "the agent of host-a"),
         (Role::ControllerClient, "the controller"),
         (Role::Operator("ann"), "operator ann"),
+        (Role::Monitor("prometheus"), "monitor prometheus"),
     ] {
         let client = http(&credentials(&pool, role), door.address());
         assert_eq!(ask(&client, door.port).await.unwrap(), who);

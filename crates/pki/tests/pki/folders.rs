@@ -6,7 +6,8 @@ use std::path::Path;
 
 use whimbrel_pki::authority::Authority;
 use whimbrel_pki::files::{
-    BundleError, ControllerIdentity, FilesError, HostIdentity, HostKeys, OperatorIdentity,
+    BundleError, ControllerIdentity, FilesError, HostIdentity, HostKeys, MONITOR_CERTIFICATE,
+    MONITOR_KEY, MonitorIdentity, OperatorIdentity,
 };
 use whimbrel_pki::identity::Peer;
 use whimbrel_pki::qemu_credentials::{
@@ -183,6 +184,11 @@ fn controller_and_operator_save_and_load() {
     assert_eq!(OperatorIdentity::load(&home).unwrap().name(), "ann");
     assert_eq!(listing(&home), ["ca.pem", "operator.key", "operator.pem"]);
     assert_eq!(mode(&home.join("operator.key")), 0o600);
+
+    let home = folder.path().join("prometheus");
+    MonitorIdentity::issue(&pool, "prometheus").unwrap().save(&home).unwrap();
+    assert_eq!(listing(&home), ["ca.pem", MONITOR_KEY, MONITOR_CERTIFICATE]);
+    assert_eq!(mode(&home.join(MONITOR_KEY)), 0o600);
 }
 
 #[test]

@@ -86,6 +86,7 @@ fn nobody_but_the_controller_grants() {
         Role::AgentServer("host-a"),
         Role::QemuClient("host-a"),
         Role::Operator("ann"),
+        Role::Monitor("prometheus"),
         Role::ControllerServer,
     ];
     for role in others {
