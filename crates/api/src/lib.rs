@@ -15,6 +15,8 @@ pub mod client;
 pub mod error;
 pub mod event;
 pub mod measure;
+#[cfg(feature = "server")]
+pub mod metrics;
 pub mod migration;
 pub mod plan;
 pub mod policy;
