@@ -16,7 +16,9 @@
 mod schema;
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
+use prometheus_client::metrics::histogram::Histogram;
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -28,6 +30,7 @@ use whimbrel_migration::handoff::{self, Ownership};
 use whimbrel_qemu::process::ProcessIdentity;
 
 use crate::failpoint::{self, Failpoints};
+use crate::metrics;
 
 /// Calls that may wait for the writer; more wait their turn outside.
 const QUEUED_CALLS_MAX: usize = 64;
@@ -193,6 +196,7 @@ type Call = Box<dyn FnOnce(&mut Connection) + Send>;
 pub struct Ledger {
     calls: mpsc::Sender<Call>,
     failpoints: Failpoints,
+    write_seconds: Histogram,
 }
 
 impl Ledger {
@@ -211,7 +215,12 @@ impl Ledger {
                 }
             })
             .map_err(LedgerError::Thread)?;
-        Ok(Self { calls, failpoints })
+        Ok(Self { calls, failpoints, write_seconds: metrics::write_seconds() })
+    }
+
+    /// How long writes have taken, from the asking to the disk.
+    pub(crate) fn write_seconds(&self) -> &Histogram {
+        &self.write_seconds
     }
 
     /// Runs `work` in one transaction on the writer's thread.
@@ -221,12 +230,17 @@ impl Ledger {
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, LedgerError> {
         let (reply, answer) = oneshot::channel();
+        let (asked, write_seconds) = (Instant::now(), self.write_seconds.clone());
         let call: Call = Box::new(move |connection| {
+            let changes = connection.total_changes();
             let done = connection.transaction().and_then(|transaction| {
                 let value = work(&transaction)?;
                 transaction.commit()?;
                 Ok(value)
             });
+            if connection.total_changes() != changes {
+                write_seconds.observe(asked.elapsed().as_secs_f64());
+            }
             // Who asked may have given up: what was written stays written.
             let _ = reply.send(done);
         });
@@ -357,6 +371,32 @@ impl Ledger {
                  ON CONFLICT (id) DO UPDATE SET definition = excluded.definition,
                     generation = excluded.generation, run = excluded.run, crashed = NULL",
                 params![vm, definition, generation, run],
+            )
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Notes that this host owns a VM that has come stopped, with its definition: both or neither.
+    ///
+    /// # Errors
+    /// [`LedgerError`]; both may be on the disk all the same.
+    pub async fn take_stopped(
+        &self,
+        definition: &VmDefinition,
+        record: &Ownership,
+    ) -> Result<(), LedgerError> {
+        self.failpoints.hit("ledger.persist").await?;
+        let row = OwnershipRow::of(record)?;
+        let (vm, generation) = (definition.id.to_string(), generation(definition));
+        let definition = write("definition", definition)?;
+        self.run("note a VM that has come", move |t| {
+            row.put(t)?;
+            t.execute(
+                "INSERT INTO vm (id, definition, generation) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (id) DO UPDATE SET definition = excluded.definition,
+                    generation = excluded.generation, run = NULL, crashed = NULL",
+                params![vm, definition, generation],
             )
         })
         .await

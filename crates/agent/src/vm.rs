@@ -34,6 +34,7 @@ use tokio::task::JoinSet;
 use whimbrel_api::agent::{Mobility, VmReport};
 use whimbrel_api::vm::{Boot, VmAction, VmDefinition, VmState};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name, VmId};
+use whimbrel_migration::handoff::Ownership;
 use whimbrel_qemu::machine::Machine;
 
 pub use create::create;
@@ -125,6 +126,25 @@ impl Vms {
         self.order(vm, |reply| Order::Lend { migration, reply }).await?
     }
 
+    /// Lends a VM that has no QEMU to a migration: its definition is what moves. As with [`Vms::lend`], everything else is
+    /// refused until it is given back, and its rows in the ledger are the migration's. The answer is this host's word on it.
+    ///
+    /// # Errors
+    /// A refusal with nothing changed: not found, not stopped, lent already.
+    pub async fn lend_stopped(
+        &self,
+        vm: VmId,
+        migration: MigrationId,
+    ) -> Result<Ownership, ApiError> {
+        self.order(vm, |reply| Order::LendStopped { migration, reply }).await?
+    }
+
+    /// Takes a lent VM back that has no QEMU. The ledger says `Owned` already. Afterwards it is stopped, or crashed, as
+    /// before.
+    pub async fn give_back_stopped(&self, vm: VmId) {
+        log_if_failed(vm, self.order_in_turn(vm, Order::GiveBackStopped).await);
+    }
+
     /// Says how a lent VM is, for reports: `Migrating` (as from the beginning) or `Unresolved`.
     pub async fn loan_news(&self, vm: VmId, news: VmState) {
         let told = self.order_in_turn(vm, |reply| Order::LoanNews { news, reply }).await;
@@ -174,6 +194,13 @@ impl Vms {
         let ownership = running.ownership.clone();
         self.insert(id, task::run_with(host, definition, ownership, running));
         Ok(noted?)
+    }
+
+    /// Takes in a stopped VM that a migration has brought: ledger and row say so already. Afterwards it has a task of its
+    /// own.
+    pub fn adopt_stopped(&self, host: &Arc<Host>, definition: VmDefinition, ownership: Ownership) {
+        let id = definition.id;
+        self.insert(id, task::run(host, definition, ownership, task::Beginning::Stopped));
     }
 
     /// Opens a VM's console.

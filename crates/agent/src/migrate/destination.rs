@@ -12,6 +12,7 @@
 //!
 //! What comes after the guest in post-copy is [`fetching`]. Not here: HTTP, the source's side, who may ask (all in [`super`]).
 
+mod definition;
 mod fetching;
 
 use std::net::SocketAddr;
@@ -239,7 +240,13 @@ impl Arrival {
             error!(migration = %self.id, vm = %record.vm, standing = ?record.standing,
                 "the disk of this host's ledger does not answer; it is waited for");
         };
-        match written(self.host.ledger.persist(record), tell).await {
+        let written = match self.brings_definition(record) {
+            Some(definition) => {
+                written(self.host.ledger.take_stopped(definition, record), tell).await
+            }
+            None => written(self.host.ledger.persist(record), tell).await,
+        };
+        match written {
             Ok(()) => {
                 self.owned = matches!(record.standing, Standing::Owned).then(|| record.clone());
                 DestinationInput::Persisted
@@ -252,6 +259,9 @@ impl Arrival {
     }
 
     async fn start_target(&mut self) -> Option<DestinationInput> {
+        if self.is_definition() {
+            return Some(self.expect_definition().await);
+        }
         let began = Instant::now();
         match start_target(&self.host, self.id, &self.request).await {
             Ok((target, address)) => {
@@ -260,19 +270,7 @@ impl Arrival {
                 let start_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                 let agent = self.host.config.advertised();
                 let offer = IncomingOffer { address, agent, ticket: self.ticket.clone(), start_ms };
-                let noted = remember_incoming(
-                    &self.host,
-                    self.id,
-                    &self.request,
-                    &self.ticket,
-                    Some(&offer),
-                )
-                .await;
-                if let Err(error) = noted {
-                    // After a restart of the agent the offer could not be told again; the source then ends the try.
-                    warn!(migration = %self.id, error = chain(&error), "the offer is only in memory");
-                }
-                self.offer.send_replace(Some(Ok(offer)));
+                self.tell_offer(offer).await;
                 None
             }
             Err(error) => {
@@ -281,6 +279,17 @@ impl Arrival {
                 Some(DestinationInput::Abandon(why))
             }
         }
+    }
+
+    /// Says where it is ready, and remembers that.
+    async fn tell_offer(&mut self, offer: IncomingOffer) {
+        let (host, request) = (&self.host, &self.request);
+        let noted = remember_incoming(host, self.id, request, &self.ticket, Some(&offer)).await;
+        if let Err(error) = noted {
+            // After a restart of the agent the offer could not be told again; the source then ends the try.
+            warn!(migration = %self.id, error = chain(&error), "the offer is only in memory");
+        }
+        self.offer.send_replace(Some(Ok(offer)));
     }
 
     /// Answers everybody who waits.
@@ -301,6 +310,9 @@ impl Arrival {
     /// A QEMU that has died, of which nobody has heard yet, is no owner's: after the next step it would take the VM with it,
     /// while a refusal still lets the source resume.
     fn close_listeners(&self) -> DestinationInput {
+        if self.is_definition() {
+            return DestinationInput::ListenersClosed;
+        }
         let Some(target) = &self.target else { return DestinationInput::CloseFailed };
         if has_ended(target.process.identity()) {
             return DestinationInput::CloseFailed;
@@ -323,6 +335,10 @@ impl Arrival {
     /// A `cont` that was not answered may have been heard all the same, and the guest may have run and stopped by itself
     /// (powered off, say): a later refusal is one only where the guest is still as it was loaded.
     async fn continue_guest(&mut self) -> DestinationInput {
+        if self.is_definition() {
+            // A stopped VM goes on standing still.
+            return DestinationInput::Continued;
+        }
         let Some(target) = &mut self.target else { return DestinationInput::QemuGone };
         let process = target.process.clone();
         let mut events = target.machine.events();
@@ -428,7 +444,7 @@ impl Arrival {
                     warn!(migration = %id, %error, "what was prepared is left to the next sweep");
                 }
             }
-            (None, _) => {}
+            (None, owned) => definition::settle(&self.host, &self.request, owned, &self.report).await,
         }
     }
 }

@@ -44,7 +44,7 @@ use whimbrel_api::agent::{
     KnockListen, OutgoingEnd, OutgoingReport, OutgoingRequest, Reach,
 };
 use whimbrel_api::error::chain;
-use whimbrel_api::migration::Stay;
+use whimbrel_api::migration::{Mode, Stay};
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, VmId};
 use whimbrel_migration::handoff::{self, Destination, NotAdmitted};
@@ -121,6 +121,16 @@ impl Migrations {
     fn open(&self) -> std::sync::MutexGuard<'_, Open> {
         // A panic elsewhere leaves two maps, which are whole at any moment.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those on their way to this host.
+    pub(crate) fn incoming_open(&self) -> usize {
+        self.open().incoming.values().filter(|open| !open.orders.is_closed()).count()
+    }
+
+    /// Those that leave, and those that have ended and were not taken note of.
+    pub(crate) fn outgoing_reports(&self) -> Vec<OutgoingReport> {
+        self.open().outgoing.values().map(|open| open.report.borrow().clone()).collect()
     }
 
     fn find_incoming(&self, id: MigrationId) -> Option<Incoming> {
@@ -489,7 +499,11 @@ async fn depart(
     let request = departure.request.clone();
     let report = departure.report.clone();
     let source::Ended { guest, end } = departure.run(first, inbox).await;
-    bring_home(host, vm, guest, &end).await;
+    if request.options.mode == Mode::Offline && end != OutgoingEnd::Moved {
+        host.vms.give_back_stopped(vm).await;
+    } else {
+        bring_home(host, vm, guest, &end).await;
+    }
     let ended = OutgoingReport { relay: None, end, ..report.borrow().clone() };
     info!(migration = %id, %vm, end = ?ended.end, "the migration has ended here");
     // Written before it is told: whoever hears it may ask at once for the row to be removed.

@@ -9,13 +9,14 @@
 //! errors, and what cannot be done is tried again at the next tick.
 //!
 //! The VM is taken by value from its task ([`RunningVm`]) and given back by [`Ended`]. Each in its own file: [`mod@copy`],
-//! how it is steered ([`steering`]), what follows it in post-copy ([`serving`]), the questions to the destination
-//! ([`asking`]), the guest that stays or is gone ([`guest`]), this host's [`word`],
+//! a stopped VM's [`mod@definition`], how it is steered ([`steering`]), what follows it in post-copy ([`serving`]), the
+//! questions to the destination ([`asking`]), the guest that stays or is gone ([`guest`]), this host's [`word`],
 //! and the figures ([`pause`], [`samples`]). Not here: HTTP, the destination's side, what QEMU is told
 //! ([`whimbrel_qemu::migrate::outgoing`]). Called by [`super::Migrations`].
 
 mod asking;
 mod copy;
+mod definition;
 mod guest;
 mod pause;
 pub(super) mod samples;
@@ -36,14 +37,13 @@ use tracing::{debug, error};
 use whimbrel_api::agent::{OutgoingEnd, OutgoingReport, OutgoingRequest};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::error::chain;
-use whimbrel_api::migration::{LiveSettings, MigrationAction, Stay};
+use whimbrel_api::migration::{LiveSettings, MigrationAction, Mode, Stay};
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
 use whimbrel_migration::handoff::{
-    Action, Body, Claim, Message, Source, SourceInput, UNRESOLVED_AFTER_MS,
+    Action, Body, Claim, Message, Ownership, Source, SourceInput, UNRESOLVED_AFTER_MS,
 };
 use whimbrel_migration::phase::Outcome;
-use whimbrel_pki::qemu_credentials::{QemuSide, write_qemu_credentials};
 use whimbrel_qemu::event::{Event, EventError, EventKind, Events};
 use whimbrel_qemu::migrate::Statistics;
 use whimbrel_qemu::migrate::outgoing::{self, Completed, OutgoingError, OutgoingSettings};
@@ -51,7 +51,7 @@ use whimbrel_qemu::process::Process;
 
 use self::asking::Asking;
 use self::copy::{CONFIRM_SECONDS, Copying, enter};
-use self::guest::remove_credentials;
+use self::guest::{lay_out_credentials, remove_credentials};
 use self::pause::Pause;
 use self::samples::Samples;
 use self::serving::Rest;
@@ -147,8 +147,15 @@ impl Departure {
         peer: AgentClient,
         voices: Voices,
     ) -> Result<(Self, Vec<Action>), ApiError> {
+        if request.options.mode == Mode::Offline {
+            return Self::begin_stopped(host, id, request, peer, voices).await;
+        }
         let guest = host.vms.lend(request.vm, id).await?;
-        match Self::ready(host, id, request, &guest).await {
+        let ready = async {
+            lay_out_credentials(host, &guest)?;
+            Self::ready(host, id, request, &guest.ownership).await
+        };
+        match ready.await {
             Ok((rules, first)) => {
                 let departure =
                     Self::new(host, id, request.clone(), (rules, Some(guest)), peer, voices);
@@ -166,24 +173,15 @@ impl Departure {
         host: &Arc<Host>,
         id: MigrationId,
         request: &OutgoingRequest,
-        guest: &RunningVm,
+        lent: &Ownership,
     ) -> Result<(Source, Vec<Action>), ApiError> {
         let spent = host.ledger.ownership(request.vm, Some(id)).await?.is_some();
         // The ledger's word, not the task's memory of it.
         let current = host.ledger.current(request.vm).await?;
-        let current = current.as_ref().unwrap_or(&guest.ownership);
+        let current = current.as_ref().unwrap_or(lent);
         let claim = Claim { vm: request.vm, migration: id, epoch: request.epoch };
         let begun = Source::begin(current, spent, claim, request.destination.clone());
         let (rules, first) = begun.map_err(|why| refused(&why))?;
-        let user = host.qemu_user();
-        write_qemu_credentials(
-            &host.identity,
-            &guest.qemu.dir.tls_folder(),
-            QemuSide::Client,
-            user.uid,
-            user.gid,
-        )
-        .map_err(|error| ApiError::internal("QEMU's certificates cannot be laid out", &error))?;
         remember_outgoing(host, id, request, None).await?;
         Ok((rules, first))
     }
@@ -418,6 +416,7 @@ impl Side for Departure {
         match action {
             Action::Persist(record) => return Some(self.persist(&record).await),
             Action::Send(message) => self.send(message),
+            Action::BeginCopy if self.is_definition() => return Some(self.send_definition()),
             Action::BeginCopy => self.begin_copy(),
             Action::StopCopy => self.stop_copy().await,
             Action::ResumeGuest => self.resume_guest().await,

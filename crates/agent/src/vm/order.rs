@@ -4,6 +4,7 @@ use tokio::sync::oneshot;
 use whimbrel_api::agent::VmReport;
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, MigrationId};
+use whimbrel_migration::handoff::Ownership;
 use whimbrel_qemu::machine::Machine;
 
 use super::console;
@@ -27,6 +28,12 @@ pub(super) enum Order {
         migration: MigrationId,
         reply: oneshot::Sender<Result<RunningVm, ApiError>>,
     },
+    /// Answered with this host's word on the VM.
+    LendStopped {
+        migration: MigrationId,
+        reply: oneshot::Sender<Result<Ownership, ApiError>>,
+    },
+    GiveBackStopped(oneshot::Sender<()>),
     LoanNews {
         news: VmState,
         reply: oneshot::Sender<()>,

@@ -101,6 +101,24 @@ pub async fn spawn(
     }
 }
 
+/// Whether a definition could be started on this host: an engine, its networks, its files. Nothing is made.
+///
+/// # Errors
+/// What is missing.
+pub(crate) async fn could_start(
+    host: &Arc<Host>,
+    definition: &VmDefinition,
+) -> Result<(), ApiError> {
+    validate::definition(definition)?;
+    host.engine_for(&definition.machine)?;
+    for nic in &definition.nics {
+        if host.networks.get(&nic.network).is_none() {
+            return Err(ApiError::not_found("network", &nic.network));
+        }
+    }
+    Files::resolve(host, definition).await.map(drop)
+}
+
 /// Ends a QEMU at once and takes down all that was made for it.
 ///
 /// # Errors

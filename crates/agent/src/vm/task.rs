@@ -222,6 +222,12 @@ impl Task {
                 return !gone;
             }
             Order::Lend { migration, reply } => self.lend(migration, reply),
+            Order::LendStopped { migration, reply } => self.lend_stopped(migration, reply),
+            Order::GiveBackStopped(reply) => {
+                self.take_back_stopped().await;
+                self.publish();
+                let _ = reply.send(());
+            }
             Order::LoanNews { news, reply } => {
                 if let State::Lent { news: shown, .. } = &mut self.state {
                     *shown = news;

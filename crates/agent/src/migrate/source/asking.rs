@@ -14,7 +14,7 @@ use tracing::debug;
 use whimbrel_api::ApiError;
 use whimbrel_api::agent::Handoff;
 use whimbrel_api::migration::Stay;
-use whimbrel_migration::handoff::{Body, Message, SourceInput};
+use whimbrel_migration::handoff::{Body, Intent, Message, SourceInput};
 
 use super::Departure;
 use super::pause::now_us;
@@ -27,10 +27,17 @@ pub(super) type Asking = Pin<Box<dyn Future<Output = Result<Handoff, ApiError>> 
 
 impl Departure {
     /// Asks the destination, and lets the driver hear the answer.
-    pub(super) fn send(&mut self, message: Message) {
+    pub(super) fn send(&mut self, mut message: Message) {
         if message.body == Body::AskLoaded && std::mem::take(&mut self.answer_due) {
             // One more question would only hold the connection at the moment when GO needs it.
             return;
+        }
+        if let Body::Go { intent } = &mut message.body
+            && self.request.options.suspend
+        {
+            // Every GO of this migration says so, for the request is in the ledger before the first one is sent. Here the
+            // guest's user still wants it to run, should it stay.
+            *intent = Intent::Pause;
         }
         let handoff = Handoff { ticket: self.request.offer.ticket.clone(), message, resumed: None };
         if matches!(message.body, Body::Go { .. }) {

@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 use tracing::warn;
+use whimbrel_api::ApiError;
 use whimbrel_api::error::chain;
-use whimbrel_pki::qemu_credentials::remove_qemu_credentials;
+use whimbrel_pki::qemu_credentials::{QemuSide, remove_qemu_credentials, write_qemu_credentials};
 use whimbrel_qemu::machine::RunState;
 
 use super::Departure;
+use crate::host::Host;
 use crate::vm::RunningVm;
 use crate::vm::found::hear_again;
 
@@ -53,6 +55,13 @@ impl Departure {
             warn!(migration = %self.id, error = chain(&error), "the source's QEMU could not be ended; the sweep goes on");
         }
     }
+}
+
+/// Gives QEMU the certificates for a migration.
+pub(super) fn lay_out_credentials(host: &Host, guest: &RunningVm) -> Result<(), ApiError> {
+    let (user, folder) = (host.qemu_user(), guest.qemu.dir.tls_folder());
+    write_qemu_credentials(&host.identity, &folder, QemuSide::Client, user.uid, user.gid)
+        .map_err(|error| ApiError::internal("QEMU's certificates cannot be laid out", &error))
 }
 
 /// Takes the migration's certificates away from QEMU.

@@ -179,6 +179,41 @@ impl Task {
         }
     }
 
+    /// Gives a VM without QEMU to a migration.
+    pub(super) fn lend_stopped(
+        &mut self,
+        migration: MigrationId,
+        reply: oneshot::Sender<Result<Ownership, ApiError>>,
+    ) {
+        if !matches!(self.state, State::Stopped | State::Crashed { .. }) {
+            let _ = reply.send(Err(self.refuse("stopped")));
+            return;
+        }
+        let news = VmState::Migrating { migration };
+        let lent = State::Lent { migration, news, console: None, machine: None };
+        let before = std::mem::replace(&mut self.state, lent);
+        self.publish();
+        // A caller that has gone away must not take the VM with it.
+        if reply.send(Ok(self.ownership.clone())).is_err() {
+            self.state = before;
+        }
+    }
+
+    /// Takes a lent VM back that has no QEMU. How its last run had ended stands in its row, which a loan leaves alone.
+    pub(super) async fn take_back_stopped(&mut self) {
+        let before = self.ownership.clone();
+        self.reread_ownership(&before).await;
+        let rows = self.host.ledger.vms().await.unwrap_or_else(|error| {
+            tracing::error!(vm = %self.definition.name, %error, "how its last run ended is not known");
+            Vec::new()
+        });
+        let row = rows.into_iter().find(|row| row.definition.id == self.definition.id);
+        self.state = match row.and_then(|row| row.crashed) {
+            Some(why) => State::Crashed { why },
+            None => State::Stopped,
+        };
+    }
+
     /// Takes a lent VM back.
     pub(super) async fn take_back(&mut self, running: RunningVm) {
         self.reread_ownership(&running.ownership).await;
