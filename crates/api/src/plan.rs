@@ -8,7 +8,7 @@ use whimbrel_migration::names::{Name, VmId};
 use whimbrel_migration::preflight::Verdict;
 pub use whimbrel_migration::strategy::Plan;
 
-use crate::migration::MigrateOptions;
+use crate::migration::{Forecast, MigrateOptions, Strategy};
 use crate::policy::AppliedPolicy;
 
 /// Most destinations of one plan.
@@ -65,12 +65,26 @@ pub struct DestinationPlan {
     /// an engine does not say what it can do.
     #[serde(flatten)]
     pub plan: Option<Plan>,
+    /// Every way that both engines can go, in its plain form, with what it would take; from the cheapest on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub candidates: Vec<Candidate>,
     /// What it was reckoned from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measurements: Option<Measurements>,
     /// When each of these was measured, and what could not be.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub measured: Vec<MeasuredAt>,
+}
+
+/// A way that a VM could go, whether it is chosen or not.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Candidate {
+    /// The way.
+    pub strategy: Strategy,
+    /// What it would take.
+    pub forecast: Forecast,
+    /// Whether policy and options allow it.
+    pub allowed: bool,
 }
 
 /// One measurement's age.

@@ -10,6 +10,7 @@
 //! A plan ([`plan`]) and a migration ([`crate::migrate::admit`]) go through the same three functions; they differ in how much is
 //! measured ([`Effort`]). Nothing is begun here and nothing written down.
 
+mod candidates;
 mod gather;
 mod shelf;
 
@@ -94,6 +95,7 @@ async fn to_one(
         refused: true,
         trouble: Some(error.message),
         plan: None,
+        candidates: Vec::new(),
         measurements: None,
         measured: Vec::new(),
     })
@@ -115,6 +117,7 @@ async fn answer(
         verdicts: examined.verdicts.clone(),
         trouble: None,
         plan: None,
+        candidates: Vec::new(),
         measurements: None,
         measured: Vec::new(),
     };
@@ -125,6 +128,11 @@ async fn answer(
         let effort = Effort::Thorough { fresh, probe_bytes_per_s };
         let gathered = gather(controller, &subject, effort).await;
         plan.plan = Some(choose(&gathered, &examined, options, policy));
+        let (nothing, costs) = (unable(), EngineCosts::default());
+        let (here, there) = examined.abilities();
+        let engines = (here.unwrap_or(&nothing), there.unwrap_or(&nothing));
+        let facts = &gathered.measurements;
+        plan.candidates = candidates::candidates(facts, &costs, engines, (options, policy));
         plan.measured = gathered.measured;
         plan.measurements = Some(gathered.measurements);
     }

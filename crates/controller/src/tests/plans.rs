@@ -48,6 +48,11 @@ async fn a_plan_says_for_each_host_what_a_move_would_take_and_why() {
     assert_eq!(found.plain.convergence, Convergence::No, "the guest writes four times the link");
     assert!(found.strategy.compression.is_some(), "{:?}", found.strategy);
     assert!(found.decisions.iter().any(|why| why.measured.contains("400 MB/s")), "{found:?}");
+    let ways: Vec<Rung> = to_b.candidates.iter().map(|way| way.strategy.rung).collect();
+    let all = [Rung::Plain, Rung::Channels, Rung::Compression, Rung::Postcopy, Rung::Throttle];
+    assert_eq!(ways, [&all[..], &[Rung::Static]].concat());
+    let postcopy = to_b.candidates.iter().find(|way| way.strategy.rung == Rung::Postcopy).unwrap();
+    assert!(!postcopy.allowed && postcopy.forecast.total_ms.is_some(), "balanced wants a word");
     assert!(to_b.measured.iter().all(|one| one.at.is_some()), "{:?}", to_b.measured);
     assert_eq!(to_b.measurements.as_ref().unwrap().link.bytes_per_s, 118_000_000);
 
