@@ -16,6 +16,7 @@ mod shelf;
 
 use std::sync::Arc;
 
+use whimbrel_api::measure::LINK_CAP_BYTES_PER_S_MIN;
 use whimbrel_api::migration::{Decision, MigrateOptions, Mode, Rejection};
 use whimbrel_api::plan::{
     DESTINATIONS_MAX, DestinationPlan, Measured, MeasuredAt, PlanRequest, VmPlan,
@@ -71,6 +72,13 @@ fn destinations(
 ) -> Result<Vec<Arc<Member>>, ApiError> {
     if request.destinations.len() > DESTINATIONS_MAX {
         let message = format!("a plan has at most {DESTINATIONS_MAX} destinations");
+        return Err(ApiError::new(ErrorCode::OutOfRange, message));
+    }
+    if let Some(cap) = request.probe_bytes_per_s
+        && cap < LINK_CAP_BYTES_PER_S_MIN
+    {
+        let message =
+            format!("probe_bytes_per_s is {cap}; it can be {LINK_CAP_BYTES_PER_S_MIN} or more");
         return Err(ApiError::new(ErrorCode::OutOfRange, message));
     }
     if !request.destinations.is_empty() {

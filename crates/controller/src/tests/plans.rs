@@ -66,6 +66,12 @@ async fn a_plan_says_for_each_host_what_a_move_would_take_and_why() {
     assert_eq!(b.called("PUT /v1/incoming"), 0, "nothing was begun");
     let gone = rig.client.plan(&request(&["host-z"])).await.unwrap_err();
     assert_eq!(gone.code, ErrorCode::NotFound);
+    for bad in [
+        PlanRequest { probe_bytes_per_s: Some(0), ..request(&["host-b"]) },
+        request(&["host-b"; 33]),
+    ] {
+        assert_eq!(rig.client.plan(&bad).await.unwrap_err().code, ErrorCode::OutOfRange);
+    }
 }
 
 #[tokio::test]
