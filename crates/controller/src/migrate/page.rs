@@ -30,8 +30,8 @@ const CANCELS_MAX: usize = 128;
 const CANCEL_SECONDS: u64 = 15;
 /// How long until an end that could not be written is written again, in milliseconds.
 const WRITE_AGAIN_MS: u64 = 500;
-/// How long a host may take to tell what was seen over time, in seconds; then it is not kept.
-const STATISTICS_SECONDS: u64 = 3;
+/// How long the hosts may take to tell what was seen over time, in seconds: the end is not held up for it, and it is not kept then.
+const STATISTICS_SECONDS: u64 = 1;
 
 type Answer = oneshot::Sender<Result<(), ApiError>>;
 
@@ -423,6 +423,7 @@ impl Page {
         self.record.ended.get_or_insert_with(Timestamp::now);
         self.record.settled = None;
         self.record.state = state;
+        self.controller.metrics().ended(&self.record);
         while let Err(error) = self.controller.save_migration(&self.record).await {
             tracing::error!(migration = %self.record.id, %error, "the end cannot be written; trying again");
             tokio::time::sleep(Duration::from_millis(WRITE_AGAIN_MS)).await;
