@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::contact;
 use crate::events::Events;
 use crate::hosts::Hosts;
+use crate::metrics::Metrics;
 use crate::migrate::Running;
 use crate::plan::{self, Shelf};
 use crate::renewal::{self, Own, OwnError};
@@ -39,6 +40,7 @@ pub struct Controller {
     own: Own,
     addresses: Vec<String>,
     running: Running,
+    metrics: Metrics,
     shelf: Shelf,
     closing: watch::Sender<bool>,
     /// Held while a network or storage is made known to the hosts, so that reconcile does not do half of it at the same time.
@@ -98,6 +100,7 @@ impl Controller {
             own,
             addresses: config.addresses.clone(),
             running: Running::default(),
+            metrics: Metrics::default(),
             shelf: Shelf::default(),
             closing: watch::Sender::new(false),
             layout: tokio::sync::Mutex::default(),
@@ -152,6 +155,11 @@ impl Controller {
     /// The open migrations.
     pub(crate) fn running(&self) -> &Running {
         &self.running
+    }
+
+    /// What is counted.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// What was measured a moment ago.

@@ -3,6 +3,7 @@
 //! | who | may |
 //! |---|---|
 //! | an operator | everything |
+//! | a monitor | `GET /metrics` |
 //! | nobody known, with a join token | `POST /v1/join` |
 //! | an agent, the controller | nothing |
 //!
@@ -23,18 +24,20 @@ use std::future::Future;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::header;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
+use axum::routing::get;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use whimbrel_api::metrics::Scrape;
 use whimbrel_api::server::no_such_path;
 use whimbrel_api::{ApiError, BODY_LIMIT_BYTES, ErrorCode};
 use whimbrel_pki::door::PeerExtension;
 use whimbrel_pki::identity::Peer;
 
-use crate::Controller;
+use crate::{Controller, metrics as figures};
 
 pub use document::document;
 
@@ -46,7 +49,11 @@ type Shared = Arc<Controller>;
 /// All calls, ready to be put behind the door.
 pub fn router(controller: Arc<Controller>) -> Router {
     let (router, _) = calls().split_for_parts();
+    let metrics = Router::new()
+        .route("/metrics", get(metrics))
+        .route_layer(middleware::from_fn(monitors_and_operators));
     router
+        .merge(metrics)
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_path)
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
@@ -74,16 +81,34 @@ async fn openapi() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], DOCUMENT_TEXT).into_response()
 }
 
+/// The metrics, for Prometheus: no call of the API, whose document does not have it.
+async fn metrics(State(controller): State<Shared>) -> Result<Scrape, ApiError> {
+    figures::scrape(&controller).await
+}
+
 async fn operators_only(request: Request, next: Next) -> Result<Response, ApiError> {
-    let caller =
-        request.extensions().get::<PeerExtension>().and_then(|caller| caller.peer.as_ref());
-    let who = match caller {
-        Some(Peer::Operator(_)) => return Ok(next.run(request).await),
-        Some(other) => other.to_string(),
-        None => "a client without a certificate".to_owned(),
-    };
-    Err(ApiError::new(ErrorCode::NotAllowed, format!("{who} may not use the pool's API"))
-        .hint("use an operator's certificate: `client.toml`, made by `whimbrel pool init`"))
+    match caller(&request) {
+        Some(Peer::Operator(_)) => Ok(next.run(request).await),
+        other => Err(refusal(other, "may not use the pool's API")
+            .hint("use an operator's certificate: `client.toml`, made by `whimbrel pool init`")),
+    }
+}
+
+async fn monitors_and_operators(request: Request, next: Next) -> Result<Response, ApiError> {
+    match caller(&request) {
+        Some(Peer::Monitor(_) | Peer::Operator(_)) => Ok(next.run(request).await),
+        other => Err(refusal(other, "may not read the metrics")
+            .hint("use a monitor's certificate, made by `whimbrel pool monitor`")),
+    }
+}
+
+fn caller(request: &Request) -> Option<&Peer> {
+    request.extensions().get::<PeerExtension>().and_then(|caller| caller.peer.as_ref())
+}
+
+fn refusal(who: Option<&Peer>, what: &str) -> ApiError {
+    let who = who.map_or_else(|| "a client without a certificate".to_owned(), Peer::to_string);
+    ApiError::new(ErrorCode::NotAllowed, format!("{who} {what}"))
 }
 
 /// Runs a call to its end, whether or not the client is still there to hear the answer.

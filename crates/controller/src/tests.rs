@@ -3,6 +3,7 @@
 mod api;
 mod hosts;
 mod joining;
+mod metrics;
 mod migrations;
 mod plans;
 mod policies;

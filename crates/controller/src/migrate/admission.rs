@@ -37,6 +37,7 @@ pub async fn admit(
 
     let (examined, plan) = look(controller, &row, &request, &policy).await?;
     if preflight::refuses(&examined.verdicts) {
+        controller.metrics().refused(&examined.verdicts);
         return Err(refusal(&row, &request.destination, examined.verdicts));
     }
     let epoch = next_epoch(controller, &examined.mobility).await?;
@@ -45,6 +46,7 @@ pub async fn admit(
     let record = Admitted { row, request, epoch, started, policy, plan }.record(examined);
     match controller.store().begin_migration(&record).await {
         Ok(Begun::New) => {
+            controller.metrics().begun();
             page::open(controller, record.clone(), room);
             Ok(record)
         }
