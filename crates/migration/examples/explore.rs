@@ -1,10 +1,11 @@
 //! Explores the handoff further than the test does, and shows what was explored and which
 //! invariant caught each planted bug.
 //!
-//! `cargo run -p whimbrel-migration --release --example explore [TRIES [FAULTS [COPIES]]]`: how many
-//! migrations and how many faults happen in a run, and whether guests are sent by `precopy` or
-//! `postcopy`. By default 2 and 2 by pre-copy, in both orders in which a driver may carry out what
-//! follows from an answer; then 2 and 1 by post-copy.
+//! `cargo run -p whimbrel-migration --release --example explore [TRIES [FAULTS [COPIES [OPERATOR]]]]`: how many
+//! migrations and how many faults happen in a run, whether guests are sent by `precopy` or `postcopy`, and
+//! whether hosts lose their power and a `truthful` or a `lying` operator takes their VMs back. By default 2 and 2
+//! by pre-copy, in both orders in which a driver may carry out what follows from an answer; 1 and 3; 2 and 1
+//! by post-copy; and with operators.
 #![allow(clippy::print_stdout, dead_code, unreachable_pub, missing_docs)] // a command for people
 
 #[path = "../tests/checker/mod.rs"]
@@ -13,7 +14,7 @@ mod checker;
 use std::time::Instant;
 
 use checker::bugs::Bug;
-use checker::{ALL_BUGS, Copies, Handoff};
+use checker::{ALL_BUGS, Copies, Handoff, Operator};
 use stateright::{Checker, HasDiscoveries, Model};
 
 fn main() {
@@ -22,13 +23,18 @@ fn main() {
     let mut sound = match asked(&words) {
         _ if words.is_empty() => {
             let last = Handoff { answers_first: false, ..Handoff::new(2, 2, None) };
+            let (truthful, lying) = (Operator::Truthful, Operator::Lying);
             explore(Handoff::new(2, 2, None))
                 & explore(last)
+                & explore(Handoff::new(1, 3, None))
                 & explore(Handoff::postcopy(2, 1, None))
+                & explore(Handoff { operator: truthful, ..Handoff::new(2, 1, None) })
+                & explore(Handoff { operator: truthful, ..Handoff::postcopy(1, 2, None) })
+                & explore(Handoff { operator: lying, ..Handoff::postcopy(1, 1, None) })
         }
         Some(model) => explore(model),
         None => {
-            println!("usage: explore [TRIES [FAULTS [precopy|postcopy]]]");
+            println!("usage: explore [TRIES [FAULTS [precopy|postcopy [truthful|lying]]]]");
             false
         }
     };
@@ -39,10 +45,17 @@ fn main() {
 }
 
 fn asked(words: &[&str]) -> Option<Handoff> {
-    let (tries, faults, copies) = match *words {
-        [tries] => (tries, "1", "precopy"),
-        [tries, faults] => (tries, faults, "precopy"),
-        [tries, faults, copies] => (tries, faults, copies),
+    let (tries, faults, copies, operator) = match *words {
+        [tries] => (tries, "1", "precopy", "absent"),
+        [tries, faults] => (tries, faults, "precopy", "absent"),
+        [tries, faults, copies] => (tries, faults, copies, "absent"),
+        [tries, faults, copies, operator] => (tries, faults, copies, operator),
+        _ => return None,
+    };
+    let operator = match operator {
+        "absent" => Operator::Absent,
+        "truthful" => Operator::Truthful,
+        "lying" => Operator::Lying,
         _ => return None,
     };
     let copies = match copies {
@@ -50,16 +63,17 @@ fn asked(words: &[&str]) -> Option<Handoff> {
         "postcopy" => Copies::Postcopy,
         _ => return None,
     };
-    Some(Handoff { copies, ..Handoff::new(tries.parse().ok()?, faults.parse().ok()?, None) })
+    let model = Handoff::new(tries.parse().ok()?, faults.parse().ok()?, None);
+    Some(Handoff { copies, operator, ..model })
 }
 
 fn explore(model: Handoff) -> bool {
     let begun = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let Handoff { tries, faults, answers_first, copies, .. } = model;
+    let Handoff { tries, faults, answers_first, copies, operator, .. } = model;
     let checker = model.checker().threads(threads).spawn_bfs().join();
     println!(
-        "{tries} migrations by {copies:?}, {faults} faults, answers {}: {} states, {} unique, depth {}, {:.1} s",
+        "{tries} migrations by {copies:?}, {faults} faults, operator {operator:?}, answers {}: {} states, {} unique, depth {}, {:.1} s",
         if answers_first { "first" } else { "last" },
         checker.state_count(),
         checker.unique_state_count(),

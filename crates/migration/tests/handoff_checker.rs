@@ -5,7 +5,7 @@
 
 mod checker;
 
-use checker::{ALL_BUGS, Handoff};
+use checker::{ALL_BUGS, Copies, Handoff, Operator};
 use stateright::{Checker, HasDiscoveries, Model};
 
 const THREADS: usize = 2;
@@ -34,8 +34,25 @@ fn no_invariant_fails_in_post_copy() {
 }
 
 #[test]
+fn no_invariant_fails_when_an_operator_takes_a_vm_back() {
+    for (operator, copies) in
+        [(Operator::Truthful, Copies::Postcopy), (Operator::Lying, Copies::Postcopy)]
+    {
+        let model = Handoff { operator, copies, ..Handoff::new(1, 1, None) };
+        let checker = model.checker().threads(THREADS).spawn_bfs().join();
+        checker.assert_properties();
+        assert!(checker.unique_state_count() > 20_000, "the model has shrunk to nothing");
+    }
+}
+
+#[test]
 fn every_planted_bug_is_caught_by_its_invariant() {
     for bug in ALL_BUGS {
+        let model = bug.model();
+        if model.tries > 1 && model.faults > 0 {
+            // They take their time: `make model` catches them.
+            continue;
+        }
         let wanted = bug.caught_by();
         let checker = bug
             .model()

@@ -28,6 +28,8 @@ pub enum DestinationInput {
     /// The lease ran out, the controller gave up, or preparing failed; the sentence says why.
     /// Ignored once GO has been taken.
     Abandon(String),
+    /// The VM was taken back from here: its owner's record is durable, and no QEMU there has what we lack.
+    Superseded,
     /// Nothing listens for this VM any more.
     ListenersClosed,
     /// A listener could not be closed.
@@ -101,6 +103,7 @@ enum State {
 const LEDGER_FAILED: &str = "the destination's ledger could not be written";
 const QEMU_DIED: &str = "the destination's QEMU ended before the guest ran there";
 const CONTINUE_FAILED: &str = "the destination's QEMU could not start the guest";
+const TAKEN_BACK: &str = "an operator has taken the VM back";
 const ABANDONED: &str = "the source gave up";
 
 impl Destination {
@@ -236,6 +239,8 @@ impl Destination {
             }
             DestinationInput::Tick => self.tick(),
             DestinationInput::Abandon(why) => self.abandon(&why),
+            DestinationInput::Superseded if self.may_abandon() => self.refuse(TAKEN_BACK),
+            DestinationInput::Superseded => self.receive(Body::Lost),
             DestinationInput::ListenersClosed if self.state == State::Sealing => {
                 let fetching = self.lacks;
                 self.state = State::Taking { fetching };

@@ -101,7 +101,7 @@
 //!      |                    | QemuGone         | Unknown     Retracting    Refused |    v
 //!      v                    v                  v              |       |            | Retiring
 //!   (abort: resume at once) ------------------ + -------------+       |            v    |
-//!      |                                         Refused: resume      |      Reclaiming |
+//!      |                                         Refused: resume      |        Keeping  |
 //!      v         PersistFailed (it is refused): resume                |            |    |
 //!   Staying <------------------------------------------------------ / | / ---------+    |
 //!      | Persisted Owned{6}                                           |            |    |
@@ -110,6 +110,9 @@
 //!
 //!  Post-copy: Copying -- StateSent --> Confirming, and while memory is still to be sent
 //!             InDoubt -- Owned --> Serving -- Completed, or Fetched: quit --> Retiring
+//!
+//!  By an operator's word: InDoubt, Serving -- Reclaim: quit --> Discarding -- QemuGone --> TakingBack
+//!             TakingBack -- Persisted Owned{6} --> Stayed, crashed.  Discarding -- Owned, Fetched --> as before
 //! ```
 //!
 //! # States of the destination
@@ -131,6 +134,13 @@
 //!  Post-copy: Preparing -- StateLoaded --> Ready, and if memory is still to come when GO is taken
 //!             Starting -- Continued --> Fetching -- Loaded, or QemuGone; Persisted --> Owner
 //! ```
+//!
+//! # Taken back by an operator
+//! Where B never returns nobody can know whether it got GO. An operator can state that it will never act on it
+//! (`Reclaim`); A takes no such thing for granted by itself. A's memory never runs again even so: B may have run the guest
+//! and written to its disks. So A's QEMU ends, *then* A writes that it owns epoch 6, and the VM has crashed on A. Until
+//! B has heard of that ([`fn@supersede`]) whoever orders VMs to start or to move must order nothing of this VM at B, whose
+//! ledger may say that it owns epoch 5.
 //!
 //! # What a driver does
 //! One loop per migration and host, which alone calls `step`:
@@ -212,12 +222,14 @@
 mod destination;
 mod record;
 mod source;
+mod supersede;
 #[cfg(test)]
 mod tests;
 
 pub use destination::{Destination, DestinationInput};
 pub use record::{Claim, Intent, NotAdmitted, Ownership, Standing, current};
 pub use source::{Source, SourceInput};
+pub use supersede::{Superseding, supersede};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

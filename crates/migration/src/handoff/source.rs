@@ -29,6 +29,9 @@ pub enum SourceInput {
     /// Somebody wants the migration to end here. Answered by `AcceptCancel` or `RefuseCancel`, and not before
     /// the one or the other is true for ever.
     Cancel,
+    /// An operator's explicit word that the destination will never act on the GO that it may have got.
+    /// It means something in doubt and while serving only ([`Source::can_reclaim`]).
+    Reclaim,
     /// The copy failed or took too long; the sentence says why. Ignored from the release on.
     Fail(String),
     /// The source's QEMU has ended.
@@ -85,7 +88,7 @@ enum State {
     /// Writing `Released` failed, so it may be durable or not; GO was never sent.
     Retracting,
     /// The destination has refused; the next epoch is being written, then the guest resumes.
-    Reclaiming,
+    Keeping,
     /// The guest has been resumed; its record is being written, and then the outcome reported.
     Staying { why: String },
     /// The destination owns the VM and fetches memory from our QEMU.
@@ -93,6 +96,10 @@ enum State {
         /// The operator has been told that the destination is silent.
         raised: bool,
     },
+    /// By the operator's word the VM is taken back: our QEMU is being ended first, for its memory must never run again.
+    Discarding,
+    /// Our QEMU is gone; the next epoch is being written. The VM has crashed here.
+    TakingBack,
     /// The destination owns the VM; our record is being written.
     Retiring,
     /// Finished: the VM stayed here.
@@ -107,6 +114,7 @@ const SOURCE_DIED: &str = "the source's QEMU ended during the copy";
 const REFUSED: &str = "the destination refused the VM";
 const NEVER_PREPARED: &str = "the destination does not know this migration";
 const CANCELLED: &str = "cancelled";
+const TAKEN_BACK: &str = "taken back by an operator's word; the guest has crashed";
 
 impl Source {
     /// Begins to move a VM away from this host. `current` is this host's current record of the VM,
@@ -186,11 +194,26 @@ impl Source {
             State::Releasing
                 | State::InDoubt { .. }
                 | State::Retracting
-                | State::Reclaiming
+                | State::Keeping
                 | State::Serving { .. }
+                | State::Discarding
+                | State::TakingBack
                 | State::Retiring
                 | State::Moved
         )
+    }
+
+    /// Whether an operator's word can take the VM back: it was given away, and only the destination could say what
+    /// became of it.
+    #[must_use]
+    pub const fn can_reclaim(&self) -> bool {
+        matches!(self.state, State::InDoubt { .. } | State::Serving { .. })
+    }
+
+    /// Whether the VM is being taken back by an operator's word.
+    #[must_use]
+    pub const fn is_reclaiming(&self) -> bool {
+        matches!(self.state, State::Discarding | State::TakingBack)
     }
 
     /// Whether the VM is the destination's and our QEMU is still needed there: from here until
@@ -216,6 +239,8 @@ impl Source {
             SourceInput::Receive(_) => Vec::new(),
             SourceInput::Tick => self.tick(),
             SourceInput::Cancel => self.cancel(),
+            SourceInput::Reclaim if self.can_reclaim() => self.reclaim(),
+            SourceInput::Reclaim => Vec::new(),
             SourceInput::Fail(why) if self.may_abort() => self.abort(&why),
             SourceInput::Fail(_) => Vec::new(),
             SourceInput::QemuGone => self.qemu_gone(),
@@ -239,7 +264,8 @@ impl Source {
                 actions
             }
             State::Retracting => self.resume_and_settle(LEDGER_FAILED),
-            State::Reclaiming => self.resume_and_settle(REFUSED),
+            State::Keeping => self.resume_and_settle(REFUSED),
+            State::TakingBack => self.settle_stayed(TAKEN_BACK),
             State::Staying { ref why } => {
                 let why = why.clone();
                 self.settle_stayed(&why)
@@ -263,7 +289,7 @@ impl Source {
                 self.retract()
             }
             // The destination's refusal is what matters; the record is tried again at every tick.
-            State::Reclaiming => self.resume(REFUSED),
+            State::Keeping => self.resume(REFUSED),
             _ => Vec::new(),
         }
     }
@@ -311,15 +337,21 @@ impl Source {
                 actions
             }
             (State::InDoubt { .. }, Body::Refused) => {
-                self.state = State::Reclaiming;
+                self.state = State::Keeping;
                 vec![self.persist_owned()]
             }
-            (State::InDoubt { .. }, Body::Owned) if self.rest == Rest::None => self.retire(),
-            (State::InDoubt { .. }, Body::Owned) => {
+            // While our QEMU is being ended nothing is durable yet: a destination that lives counts for more than
+            // the operator's word.
+            (State::InDoubt { .. } | State::Discarding, Body::Owned) if self.rest == Rest::None => {
+                self.retire()
+            }
+            (State::InDoubt { .. } | State::Discarding, Body::Owned) => {
                 self.state = State::Serving { raised: false };
                 vec![self.ask_fetched()]
             }
-            (State::InDoubt { .. } | State::Serving { .. }, Body::Fetched) => self.retire(),
+            (State::InDoubt { .. } | State::Serving { .. } | State::Discarding, Body::Fetched) => {
+                self.retire()
+            }
             (State::InDoubt { .. } | State::Serving { .. }, Body::Unknown) => self.overdue(),
             _ => Vec::new(),
         }
@@ -331,7 +363,8 @@ impl Source {
             State::InDoubt { .. } => vec![self.go()],
             State::Serving { .. } => vec![self.ask_fetched()],
             State::Retracting => self.retract(),
-            State::Staying { .. } => vec![self.persist_owned()],
+            State::Staying { .. } | State::TakingBack => vec![self.persist_owned()],
+            State::Discarding => vec![Action::QuitSource],
             State::Retiring => vec![self.persist_gone()],
             _ => Vec::new(),
         }
@@ -341,11 +374,14 @@ impl Source {
     /// release may have landed, and where nothing of the migration is on the disk it could be begun a second time.
     fn cancel(&mut self) -> Vec<Action> {
         match self.state {
-            State::InDoubt { .. } | State::Serving { .. } | State::Retiring | State::Moved => {
-                vec![Action::RefuseCancel]
-            }
+            State::InDoubt { .. }
+            | State::Serving { .. }
+            | State::Discarding
+            | State::TakingBack
+            | State::Retiring
+            | State::Moved => vec![Action::RefuseCancel],
             State::Stayed => vec![Action::AcceptCancel],
-            State::Releasing | State::Retracting | State::Reclaiming | State::Staying { .. } => {
+            State::Releasing | State::Retracting | State::Keeping | State::Staying { .. } => {
                 self.cancel_asked = true;
                 Vec::new()
             }
@@ -362,6 +398,7 @@ impl Source {
             // The destination cannot have everything.
             State::Recording | State::Copying { .. } => self.abort(SOURCE_DIED),
             State::Confirming if self.rest == Rest::Here => self.abort(SOURCE_DIED),
+            State::Discarding => self.take_back(),
             // It may have everything: then the guest lives on there.
             _ => self.lose_rest(),
         }
@@ -375,6 +412,24 @@ impl Source {
         }
         self.rest = Rest::Lost;
         if self.is_serving() { vec![self.ask_fetched()] } else { Vec::new() }
+    }
+
+    /// The destination may have run the guest, and then wrote to its disks: the guest must not go on from our memory,
+    /// whatever the operator says. So our QEMU ends before our record says that the VM is ours.
+    fn reclaim(&mut self) -> Vec<Action> {
+        if self.rest == Rest::Here {
+            self.rest = Rest::Lost;
+        }
+        if !self.alive {
+            return self.take_back();
+        }
+        self.state = State::Discarding;
+        vec![Action::QuitSource]
+    }
+
+    fn take_back(&mut self) -> Vec<Action> {
+        self.state = State::TakingBack;
+        vec![self.persist_owned()]
     }
 
     fn overdue(&mut self) -> Vec<Action> {

@@ -5,6 +5,7 @@ use crate::names::{Epoch, MigrationId, Name, VmId};
 use proptest::prelude::*;
 
 mod postcopy;
+mod reclaim;
 
 fn name(text: &str) -> Name {
     Name::new(text).unwrap()
@@ -508,6 +509,7 @@ fn any_source_input(claim: Claim) -> impl Strategy<Value = SourceInput> {
         }),
         1 => Just(SourceInput::Tick),
         1 => Just(SourceInput::Cancel),
+        1 => Just(SourceInput::Reclaim),
         1 => Just(SourceInput::Fail("failed".into())),
         1 => Just(SourceInput::QemuGone),
         1 => Just(SourceInput::Overdue),
@@ -526,6 +528,7 @@ fn any_destination_input(claim: Claim) -> impl Strategy<Value = DestinationInput
         }),
         1 => Just(DestinationInput::Tick),
         1 => Just(DestinationInput::Abandon("lease".into())),
+        1 => Just(DestinationInput::Superseded),
         2 => Just(DestinationInput::ListenersClosed),
         1 => Just(DestinationInput::CloseFailed),
         2 => Just(DestinationInput::Continued),

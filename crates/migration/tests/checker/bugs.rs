@@ -2,17 +2,17 @@
 //! changing what goes in or comes out. The checker must catch every one, by the invariant named.
 
 use whimbrel_migration::handoff::{
-    Action, Body, DestinationInput, Intent, Message, Ownership, SourceInput, Standing,
+    Action, Body, DestinationInput, Intent, Message, Ownership, SourceInput, Standing, Superseding,
 };
 use whimbrel_migration::names::MigrationId;
 
-use super::events::{Copies, Handoff};
+use super::events::{Copies, Handoff, Operator};
 use super::invariants as i;
 use super::world::{Host, Input, Machine, World, is_released, is_taken, other};
 
 macro_rules! bugs {
     ($($(#[doc = $what:literal])+
-       $bug:ident => ($invariant:expr, $tries:literal, $faults:literal $(, $copies:ident)?),)*) => {
+       $bug:ident => ($invariant:expr, $tries:literal, $faults:literal $(, $copies:ident $(, $operator:ident)?)?),)*) => {
         /// The rules that can be removed.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Bug {
@@ -35,7 +35,8 @@ macro_rules! bugs {
                 match self {
                     $(Self::$bug => {
                         let [.., copies] = [Copies::Precopy $(, Copies::$copies)?];
-                        Handoff { copies, ..Handoff::new($tries, $faults, Some(self)) }
+                        let [.., operator] = [Operator::Absent $($(, Operator::$operator)?)?];
+                        Handoff { copies, operator, ..Handoff::new($tries, $faults, Some(self)) }
                     })*
                 }
             }
@@ -142,6 +143,25 @@ bugs! {
     StarvedLeftWaiting => (i::ENDS_WELL, 1, 1, Postcopy),
     /// Post-copy: a refused source resumes without telling QEMU that the post-copy is over.
     RefusedKeepsSending => (i::ENDS_WELL, 1, 0, Postcopy),
+
+    /// Taking back: the source does so by itself when the destination is silent.
+    TakesBackUnasked => (i::LAST_COPY, 1, 0, Precopy, Truthful),
+    /// Taking back: the source's record says that it owns the VM while its QEMU still holds the old memory.
+    TakenBackBeforeGone => (i::NO_STALE, 1, 2, Precopy, Truthful),
+    /// Taking back: the guest goes on from the source's memory.
+    TakenBackResumes => (i::NO_STALE, 1, 1, Precopy, Truthful),
+    /// Taking back: the source's QEMU is not ended.
+    TakenBackKeepsGuest => (i::TAKEN_BACK, 1, 1, Precopy, Truthful),
+    /// Taking back: it is done for a migration after which the VM has been sent on.
+    TakenBackLater => (i::OWNER_RUNS, 2, 1, Precopy, Truthful),
+    /// Taking back: the VM is started on the former owner before that has heard of it.
+    StaleOwnerStarts => (i::OWNER_RUNS, 1, 1, Precopy, Truthful),
+    /// Taking back: the former owner keeps its word that it owns the VM.
+    StaleOwnerKept => (i::ENDS_WELL, 1, 1, Precopy, Truthful),
+    /// Taking back: the former owner takes an old word of it for a new one, when it owns the VM again.
+    SupersededTwice => (i::EPOCHS, 2, 1, Precopy, Truthful),
+    /// Taking back: a guest that runs on the former owner, against the operator's word, is left there.
+    LiesNotEnded => (i::ENDS_WELL, 1, 0, Precopy, Lying),
 }
 
 fn position(actions: &[Action], wanted: impl Fn(&Action) -> bool) -> Option<usize> {
@@ -251,6 +271,20 @@ impl Handoff {
                 world.net.insert((other(host), refused));
             }
             _ => {}
+        }
+    }
+
+    pub(crate) fn tamper_superseded(&self, current: &mut Option<Ownership>) {
+        if let (Some(Bug::SupersededTwice), Some(record)) = (self.bug, current) {
+            record.epoch = whimbrel_migration::names::Epoch::FIRST;
+        }
+    }
+
+    pub(crate) fn tamper_superseding(&self, does: Superseding) -> Superseding {
+        match (self.bug, &does) {
+            (Some(Bug::StaleOwnerKept), Superseding::Write(_))
+            | (Some(Bug::LiesNotEnded), Superseding::EndGuest) => Superseding::Nothing,
+            _ => does,
         }
     }
 
@@ -364,6 +398,23 @@ fn tamper_source(bug: Bug, machine: &Machine, input: &SourceInput, actions: &mut
         }
         Bug::CancelBeforeDurable if *input == SourceInput::Cancel && !source.is_past_release() => {
             actions.insert(0, Action::AcceptCancel);
+        }
+        Bug::TakesBackUnasked if go.is_some() && *input == SourceInput::Tick => {
+            let mut source = source.clone();
+            actions.extend(source.step(SourceInput::Reclaim));
+        }
+        Bug::TakenBackBeforeGone if *input == SourceInput::Reclaim => {
+            let mut source = source.clone();
+            source.step(SourceInput::Reclaim);
+            let mut first = source.step(SourceInput::QemuGone);
+            first.append(actions);
+            *actions = first;
+        }
+        Bug::TakenBackResumes if *input == SourceInput::Reclaim => {
+            actions.insert(0, Action::ResumeGuest);
+        }
+        Bug::TakenBackKeepsGuest if source.is_reclaiming() || *input == SourceInput::Reclaim => {
+            actions.retain(|action| *action != Action::QuitSource);
         }
         Bug::CancelWhileServing if *input == SourceInput::Cancel && source.is_serving() => {
             *actions = vec![Action::AcceptCancel];

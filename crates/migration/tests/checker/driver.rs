@@ -281,7 +281,10 @@ impl Handoff {
             return;
         }
         let released = world.hosts[host].current().and_then(Ownership::claim);
-        let confirmed = released.is_some_and(|claim| world.hosts[other(host)].took(claim));
+        let confirmed = released.is_some_and(|claim| {
+            let stated = world.try_of(claim.migration).is_some_and(|one| one.reclaimed);
+            stated || world.hosts[other(host)].took(claim)
+        });
         if !confirmed {
             world.broken.insert(invariants::LAST_COPY);
         }
@@ -329,7 +332,9 @@ impl Handoff {
             Action::RefuseCancel => {
                 let gone = |row: &Ownership| matches!(row.standing, Standing::Gone { .. });
                 let row = migration.and_then(|id| world.hosts[host].row(id));
-                if !row.is_some_and(|row| is_released(row) || gone(row)) {
+                let stated =
+                    migration.and_then(|id| world.try_of(id)).is_some_and(|one| one.reclaimed);
+                if !stated && !row.is_some_and(|row| is_released(row) || gone(row)) {
                     world.broken.insert(invariants::CANCEL);
                 }
             }

@@ -2,7 +2,8 @@
 
 use stateright::{Model, Property};
 use whimbrel_migration::handoff::{
-    Claim, Destination, DestinationInput, Intent, Message, Source, SourceInput, Standing,
+    Action, Claim, Destination, DestinationInput, Intent, Message, Source, SourceInput, Standing,
+    Superseding, supersede,
 };
 use whimbrel_migration::names::MigrationId;
 
@@ -22,6 +23,8 @@ pub(crate) struct Handoff {
     pub(crate) answers_first: bool,
     /// How QEMU sends the guests.
     pub(crate) copies: Copies,
+    /// Who takes a VM back from a host that does not return.
+    pub(crate) operator: Operator,
     pub(crate) bug: Option<Bug>,
 }
 
@@ -33,6 +36,17 @@ pub(crate) enum Copies {
     /// The guest's state before the release, the rest of its memory at any time after that; at once, too,
     /// so that whatever happens with `Precopy` happens here.
     Postcopy,
+}
+
+/// Whether hosts lose their power, and what an operator says of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operator {
+    /// No host loses its power, and nobody says anything.
+    Absent,
+    /// Takes VMs back from hosts that are without power at that moment.
+    Truthful,
+    /// Says so of any host at any time.
+    Lying,
 }
 
 /// One thing that happens. Hosts are 0 and 1.
@@ -92,11 +106,22 @@ pub(crate) enum Event {
     Restart(usize),
     /// The user starts a crashed VM again, on the host that owns it.
     Boot(usize),
+    /// A fault: a host loses its power.
+    Lose(usize),
+    /// It has power again.
+    Return(usize),
+    /// The operator says that the destination of a migration will never act on its GO.
+    State(usize),
+    /// The controller brings that to the source, also late and twice.
+    Reclaim(usize),
+    /// The controller tells the destination that the VM was taken back, also late and twice.
+    Supersede(usize),
 }
 
 impl Handoff {
     pub(crate) fn new(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
-        Self { tries, faults, answers_first: true, copies: Copies::Precopy, bug }
+        let (copies, operator) = (Copies::Precopy, Operator::Absent);
+        Self { tries, faults, answers_first: true, copies, operator, bug }
     }
 
     pub(crate) fn postcopy(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
@@ -169,7 +194,15 @@ impl Handoff {
                 self.restart(world, host);
                 true
             }
-            Event::Boot(host) => boot(world, host),
+            Event::Boot(host) => self.boot(world, host),
+            Event::Lose(host) => lose(world, host) && spend_fault(world),
+            Event::Return(host) => {
+                world.hosts[host].away = false;
+                true
+            }
+            Event::State(number) => self.state(world, number),
+            Event::Reclaim(number) => self.reclaim(world, number),
+            Event::Supersede(number) => self.supersede(world, number),
         }
     }
 
@@ -177,10 +210,82 @@ impl Handoff {
         let Some(current) = world.hosts[from].current().filter(|record| record.may_run()) else {
             return false;
         };
+        if world.is_taken_from(from) {
+            return false;
+        }
         let migration = migration_id(world.tries.len());
         let claim = Claim { vm: current.vm, migration, epoch: current.epoch.next() };
-        let (loaded, whole, released, cancelled) = (false, false, false, false);
-        world.tries.push(Try { claim, from, loaded, whole, released, cancelled });
+        let (loaded, whole, released, cancelled, reclaimed) = (false, false, false, false, false);
+        world.tries.push(Try { claim, from, loaded, whole, released, cancelled, reclaimed });
+        true
+    }
+
+    fn state(&self, world: &mut World, number: usize) -> bool {
+        let one = &world.tries[number];
+        // Of a VM's open migration, that is: no other begins before it has ended.
+        let open = number + 1 == world.tries.len() || self.bug == Some(Bug::TakenBackLater);
+        if !open
+            || !one.released
+            || !(self.operator == Operator::Lying || world.hosts[other(one.from)].away)
+        {
+            return false;
+        }
+        world.tries[number].reclaimed = true;
+        // Its guest will be ended.
+        world.qemu_died = true;
+        true
+    }
+
+    fn reclaim(&self, world: &mut World, number: usize) -> bool {
+        let Try { claim, from, reclaimed, .. } = world.tries[number];
+        reclaimed
+            && machine(world, from, |one| one.claim() == claim).is_some()
+            && self.tell_source(world, from, SourceInput::Reclaim)
+    }
+
+    fn supersede(&self, world: &mut World, number: usize) -> bool {
+        let Try { claim, from, reclaimed, .. } = world.tries[number];
+        let since = Claim { epoch: claim.epoch.next(), ..claim };
+        let Some(agent) = world.hosts[other(from)].ready() else { return false };
+        if !reclaimed || !world.hosts[from].took(since) {
+            return false;
+        }
+        if let Some(open) = agent.machines.first() {
+            return open.claim() == claim
+                && self.tell_destination(world, other(from), DestinationInput::Superseded);
+        }
+        let host = &mut world.hosts[other(from)];
+        let mut current = host.current().cloned();
+        self.tamper_superseded(&mut current);
+        let does = supersede(current.as_ref(), since, &host_name(from), host.observe());
+        match self.tamper_superseding(does) {
+            Superseding::Nothing => return false,
+            Superseding::EndGuest => {
+                if let Some(qemu) = &mut host.qemu {
+                    qemu.killed = true;
+                }
+            }
+            Superseding::Write(record) => {
+                if let Some(agent) = &mut host.agent {
+                    agent.queue.push_back((None, Action::Persist(record)));
+                }
+            }
+        }
+        true
+    }
+
+    fn boot(&self, world: &mut World, host: usize) -> bool {
+        let it = &world.hosts[host];
+        let owner = it.current().is_some_and(|record| record.standing == Standing::Owned);
+        let idle = it.ready().is_some_and(|agent| agent.machines.is_empty());
+        let taken = world.is_taken_from(host) && self.bug != Some(Bug::StaleOwnerStarts);
+        if !owner || !idle || it.qemu.is_some() || taken {
+            return false;
+        }
+        world.hosts[host].qemu = Some(Qemu { full: true, loaded: true, ..Qemu::default() });
+        if world.intent == Intent::Run {
+            world.run_guest(host);
+        }
         true
     }
 
@@ -215,7 +320,9 @@ impl Handoff {
         let spent = host.row(claim.migration).is_some();
         let to = host_name(other(from));
         match Source::begin(&current, spent, claim, to) {
-            Ok((source, actions)) if free => {
+            Ok((source, actions))
+                if free && (host.qemu.is_some() || self.operator == Operator::Absent) =>
+            {
                 self.begin(world, from, Machine::Source(source), actions);
                 true
             }
@@ -269,6 +376,13 @@ impl Handoff {
     fn events_of(&self, world: &World, host: usize, events: &mut Vec<Event>) {
         let fault = world.faults_left > 0;
         let it = &world.hosts[host];
+        if it.away {
+            events.push(Event::Return(host));
+            return;
+        }
+        if fault && self.operator != Operator::Absent {
+            events.push(Event::Lose(host));
+        }
         if let Some(qemu) = &it.qemu {
             if qemu.sending.is_some() && !qemu.completed && !qemu.serving && !qemu.broken {
                 events.push(match self.copies {
@@ -417,17 +531,11 @@ fn load(world: &mut World, host: usize) -> bool {
     true
 }
 
-fn boot(world: &mut World, host: usize) -> bool {
-    let it = &world.hosts[host];
-    let owner = it.current().is_some_and(|record| record.standing == Standing::Owned);
-    let idle = it.ready().is_some_and(|agent| agent.machines.is_empty());
-    if !owner || !idle || it.qemu.is_some() {
-        return false;
-    }
-    world.hosts[host].qemu = Some(Qemu { full: true, loaded: true, ..Qemu::default() });
-    if world.intent == Intent::Run {
-        world.run_guest(host);
-    }
+fn lose(world: &mut World, host: usize) -> bool {
+    let it = &mut world.hosts[host];
+    it.away = true;
+    it.agent = None;
+    world.qemu_died |= it.qemu.take().is_some();
     true
 }
 
@@ -448,6 +556,13 @@ impl Model for Handoff {
         }
         for number in 0..world.tries.len() {
             events.extend([Event::Offer(number), Event::Begin(number)]);
+            if self.operator != Operator::Absent {
+                events.extend([
+                    Event::State(number),
+                    Event::Reclaim(number),
+                    Event::Supersede(number),
+                ]);
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use stateright::Property;
 use whimbrel_migration::handoff::{Body, Claim, Destination, Intent, Source, Standing};
 
 use super::driver::{Run, refused};
-use super::events::{Copies, Event, Handoff};
+use super::events::{Copies, Event, Handoff, Operator};
 use super::world::{Host, World, host_name, is_released, is_taken, migration_id, other};
 
 pub(crate) const AT_MOST_ONE: &str = "I1 AtMostOne";
@@ -24,6 +24,12 @@ pub(crate) const JOURNAL_FIRST: &str = "I22 JournalFirst";
 pub(crate) const POSTCOPY_BOTH: &str = "I23 PostcopyBoth";
 /// I12 Swept, I13 RunsOrTold, I19 ControllerFree and I24 Ends in one: the fair run ends well.
 pub(crate) const ENDS_WELL: &str = "I12 I13 I19 I24 EndsWell";
+
+/// The same for a VM that was taken back, while the other host is away for good.
+pub(crate) const TAKEN_BACK: &str = "I13 I24 TakenBack";
+
+/// What is asked for where an operator lies. The guest may run twice then, and that is his word's doing.
+const WHATEVER_IS_SAID: [&str; 4] = [EPOCHS, LAST_COPY, TRUTHFUL, ENDS_WELL];
 
 /// Rounds of the fair run; more would mean that it does not end.
 const FAIR_ROUNDS: usize = 40;
@@ -57,6 +63,23 @@ pub(crate) fn properties(model: &Handoff) -> Vec<Property<Handoff>> {
             w.hosts[0].runs() && w.net.iter().any(|(_, m)| matches!(m.body, Body::Go { .. }))
         }),
     ];
+    if model.operator != Operator::Absent {
+        all.push(Property::always(TAKEN_BACK, taken_back));
+        all.push(Property::sometimes(
+            "a VM runs again that was taken back from its owner",
+            |_, w: &World| w.hosts[0].runs() && w.is_taken_from(1),
+        ));
+        all.push(Property::sometimes("a host hears that its VM was taken back", |_, w: &World| {
+            w.tries.iter().any(|one| {
+                let row = w.hosts[other(one.from)].row(one.claim.migration);
+                row.is_some_and(|row| matches!(row.standing, Standing::Gone { .. }))
+            })
+        }));
+    }
+    if model.operator == Operator::Lying {
+        all.retain(|one| WHATEVER_IS_SAID.contains(&one.name));
+        return all;
+    }
     if model.tries > 1 {
         all.push(Property::sometimes("a VM goes there and back", |_, w: &World| {
             w.hosts[0].runs()
@@ -144,7 +167,7 @@ fn truthful(world: &World) -> bool {
     world.reported.iter().all(|(migration, _, moved)| {
         let Some(one) = world.try_of(*migration) else { return false };
         let row = world.hosts[other(one.from)].row(*migration);
-        row.is_some_and(is_taken) == *moved
+        one.reclaimed || row.is_some_and(is_taken) == *moved
     })
 }
 
@@ -165,6 +188,28 @@ fn ends_well(model: &Handoff, world: &World) -> bool {
     if !settled {
         return true;
     }
+    fair_run(model, world).is_some_and(|world| ended_well(&world))
+}
+
+/// The same while the host that it was taken from stays away: the operator's word is enough.
+fn taken_back(model: &Handoff, world: &World) -> bool {
+    world.tries.iter().filter(|one| one.reclaimed).all(|one| {
+        let it = &world.hosts[one.from];
+        let settled = it.ready().is_some() && it.qemu.as_ref().is_none_or(|qemu| !qemu.killed);
+        if !settled || !world.hosts[other(one.from)].away {
+            return true;
+        }
+        fair_run(model, world).is_some_and(|world| {
+            let it = &world.hosts[one.from];
+            let idle = it.ready().is_some_and(|agent| agent.machines.is_empty());
+            let decided = it.current().is_some_and(|record| !record.is_open());
+            idle && decided
+        })
+    })
+}
+
+/// What a fair run leads to, if it comes to an end. Who is away stays away.
+fn fair_run(model: &Handoff, world: &World) -> Option<World> {
     let mut world = world.clone();
     world.faults_left = 0;
     let mut patience_ended = false;
@@ -173,7 +218,7 @@ fn ends_well(model: &Handoff, world: &World) -> bool {
         fair_round(model, &mut world);
         if world == before {
             if patience_ended {
-                return ended_well(&world);
+                return Some(world);
             }
             // The copy's deadline and the destination's lease.
             patience_ended = true;
@@ -183,7 +228,7 @@ fn ends_well(model: &Handoff, world: &World) -> bool {
             }
         }
     }
-    false
+    None
 }
 
 fn fair_round(model: &Handoff, world: &mut World) {
@@ -191,7 +236,7 @@ fn fair_round(model: &Handoff, world: &mut World) {
         if world.hosts[host].qemu.as_ref().is_some_and(|qemu| qemu.killed) {
             happen(model, world, Event::End(host));
         }
-        if world.hosts[host].agent.is_none() {
+        if world.hosts[host].agent.is_none() && !world.hosts[host].away {
             happen(model, world, Event::Restart(host));
         }
         happen(model, world, Event::Mend(host));
@@ -215,6 +260,10 @@ fn fair_round(model: &Handoff, world: &mut World) {
         ] {
             happen(model, world, event(host));
         }
+    }
+    for number in 0..world.tries.len() {
+        happen(model, world, Event::Reclaim(number));
+        happen(model, world, Event::Supersede(number));
     }
     for (host, message) in world.net.clone() {
         happen(model, world, Event::Deliver(host, message));

@@ -8,7 +8,8 @@
 //! Events ([`events`]) are what can happen next; a crash can come between any two actions. Faults
 //! (crashes, deaths of a QEMU, failed writes that may have landed or not, a `cont` that fails, a
 //! post-copy whose stream is cut or given up) are bounded by a budget; cancels, leases that end and
-//! copies that fail come free. A guest is sent whole, or its state first and the rest of its memory
+//! copies that fail come free. Hosts lose their power, for a time or for good, and an operator takes their VMs back, where
+//! one is there ([`Operator`]). A guest is sent whole, or its state first and the rest of its memory
 //! at any time later, as long as both QEMUs live ([`Copies`]).
 //!
 //! Invariants ([`invariants`]) hold in every state. Liveness is checked as: *from every reachable
@@ -28,4 +29,4 @@ mod world;
 
 pub(crate) use bugs::ALL_BUGS;
 #[allow(unused_imports)] // the test and the example each use what they need
-pub(crate) use events::{Copies, Handoff};
+pub(crate) use events::{Copies, Handoff, Operator};

@@ -40,6 +40,8 @@ pub(crate) struct Try {
     pub(crate) released: bool,
     /// A cancel was accepted.
     pub(crate) cancelled: bool,
+    /// An operator has said that the destination will never act on its GO.
+    pub(crate) reclaimed: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -50,6 +52,8 @@ pub(crate) struct Host {
     pub(crate) qemu: Option<Qemu>,
     /// None while crashed.
     pub(crate) agent: Option<Agent>,
+    /// It has lost its power, and may come back at any time or never.
+    pub(crate) away: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -142,7 +146,7 @@ impl World {
         let vm = VmId::from(uuid::Uuid::from_u128(0xa));
         let qemu =
             Qemu { full: true, loaded: true, running: intent == Intent::Run, ..Qemu::default() };
-        let host = |ledger, qemu| Host { ledger, qemu, agent: Some(Agent::default()) };
+        let host = |ledger, qemu| Host { ledger, qemu, agent: Some(Agent::default()), away: false };
         Self {
             intent,
             hosts: [host(vec![Ownership::created(vm, intent)], Some(qemu)), host(vec![], None)],
@@ -168,6 +172,20 @@ impl World {
         let [target, sender] = [other(host), host].map(|host| self.hosts[host].qemu.as_ref());
         let (Some(target), Some(sender)) = (target, sender) else { return false };
         target.lacks && sender.serving && target.incoming == sender.sending
+    }
+
+    /// Whether the VM was taken back from `host`, which may not have heard of it: whoever gives orders gives it none.
+    pub(crate) fn is_taken_from(&self, host: usize) -> bool {
+        self.tries.iter().any(|one| {
+            let id = one.claim.migration;
+            let confirmed = self.hosts[one.from]
+                .row(id)
+                .is_some_and(|row| matches!(row.standing, Standing::Gone { .. }));
+            one.reclaimed
+                && other(one.from) == host
+                && self.hosts[host].took(one.claim)
+                && !confirmed
+        })
     }
 
     /// Whether the QEMU on `host` lacks memory that it will not get over the stream that it had.

@@ -21,7 +21,7 @@ fn released_in_part() -> Pair {
 }
 
 /// The guest runs at the destination, which lacks memory.
-fn moved_in_part() -> Pair {
+pub(super) fn moved_in_part() -> Pair {
     let Pair { mut source, mut destination } = released_in_part();
     destination.step(destination_message(&destination, GO));
     let actions = destination.step(DestinationInput::ListenersClosed);
