@@ -12,6 +12,9 @@
 //! | `vm.spawned` | the new process is noted in the ledger |
 //! | `vm.end` | a QEMU is killed |
 //! | `vm.take-down` | what was made for a QEMU is removed |
+//! | `ledger.saved` | it is written that a VM is saved |
+//! | `vm.restore.note` | it is written that a restored VM runs |
+//! | `vm.restore.cont` | a restored guest is let go |
 //!
 //! The migration's own points are named in [`crate::migrate`].
 

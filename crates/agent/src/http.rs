@@ -8,6 +8,7 @@ mod console;
 mod events;
 mod measure;
 mod moving;
+mod state;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -63,6 +64,7 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/outgoing/{migration}/handoff", post(relay_answer))
         .merge(measure::for_the_controller())
         .merge(moving::for_the_controller())
+        .merge(state::for_the_controller())
         .layer(middleware::from_fn(controller_only));
     let agents = Router::new()
         .route("/incoming/{migration}/handoff", post(handoff))

@@ -24,7 +24,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use whimbrel_api::pool::{Network, Storage};
-use whimbrel_api::vm::{RunningEngine, VmDefinition};
+use whimbrel_api::vm::{RunningEngine, StoragePath, VmDefinition};
 use whimbrel_api::{MigrationId, Name, VmId};
 use whimbrel_migration::handoff::{self, Ownership};
 use whimbrel_qemu::process::ProcessIdentity;
@@ -136,6 +136,13 @@ pub enum Resource {
         storage: Name,
         /// Its path there.
         path: String,
+    },
+    /// The file of a VM's saved state, that is being written or is used up; while the VM's row names it, it is the VM's.
+    StateFile {
+        /// The VM.
+        vm: VmId,
+        /// The file.
+        file: StoragePath,
     },
     /// A bridge that did not exist before.
     Bridge {
@@ -411,6 +418,41 @@ impl Ledger {
         let vm = vm.to_string();
         self.run("note the end of a run", move |t| {
             t.execute("UPDATE vm SET run = NULL, crashed = ?2 WHERE id = ?1", params![vm, crashed])
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Notes what a VM's definition is from now on.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub async fn set_definition(&self, definition: &VmDefinition) -> Result<(), LedgerError> {
+        let (vm, generation) = (definition.id.to_string(), generation(definition));
+        let definition = write("definition", definition)?;
+        self.run("note a definition", move |t| {
+            let sql = "UPDATE vm SET definition = ?2, generation = ?3 WHERE id = ?1";
+            t.execute(sql, params![vm, definition, generation])
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Notes that a VM is saved, as its definition says, and has no run any more. What was made for the run stays in the
+    /// journal, so that its QEMU is ended whatever happens: its guest must not run on.
+    ///
+    /// # Errors
+    /// [`LedgerError`]; it may be on the disk all the same.
+    pub async fn set_saved(&self, definition: &VmDefinition, run: &str) -> Result<(), LedgerError> {
+        self.failpoints.hit("ledger.saved").await?;
+        let (vm, generation) = (definition.id.to_string(), generation(definition));
+        let definition = write("definition", definition)?;
+        let run = run.to_owned();
+        self.run("note a saved VM", move |t| {
+            t.execute("DELETE FROM run WHERE name = ?1", params![run])?;
+            let sql = "UPDATE vm SET definition = ?2, generation = ?3, run = NULL, crashed = NULL
+                 WHERE id = ?1";
+            t.execute(sql, params![vm, definition, generation])
         })
         .await
         .map(drop)

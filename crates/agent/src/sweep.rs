@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use whimbrel_api::vm::StoragePath;
 use whimbrel_api::{ApiError, Name, VmId};
 use whimbrel_migration::handoff::{Ownership, Standing};
 use whimbrel_qemu::process::{AdoptError, Process};
@@ -96,9 +97,11 @@ pub async fn once(host: &Arc<Host>, told: &mut HashSet<String>) -> Result<(), Ap
             );
         }
     }
+    let saved = vms.iter().filter_map(|row| row.definition.saved.as_ref());
+    let saved: HashSet<StoragePath> = saved.map(|saved| saved.file.clone()).collect();
     let known_vms = vms.iter().map(|row| row.definition.id).collect();
     for (owner, (resources, _alone)) in left {
-        if let Err(error) = sweep_owner(host, &owner, &resources, &known_vms).await {
+        if let Err(error) = sweep_owner(host, &owner, &resources, (&known_vms, &saved)).await {
             tracing::error!(owner, %error, "something was not swept");
         }
     }
@@ -138,7 +141,7 @@ async fn sweep_owner(
     host: &Arc<Host>,
     owner: &str,
     resources: &[Resource],
-    known_vms: &HashSet<VmId>,
+    (known_vms, saved): (&HashSet<VmId>, &HashSet<StoragePath>),
 ) -> Result<(), ApiError> {
     for resource in resources {
         match resource {
@@ -154,6 +157,12 @@ async fn sweep_owner(
             Resource::DiskFile { vm, storage, path } => {
                 tracing::info!(%vm, path, "sweeps a file of a VM that was never created");
                 remove_file(host, *vm, storage, path).await?;
+            }
+            // The VM goes on from it.
+            Resource::StateFile { file, .. } if saved.contains(file) => {}
+            Resource::StateFile { vm, file } => {
+                tracing::info!(%vm, %file, "sweeps a saved state that nothing goes on from");
+                remove_file(host, *vm, &file.storage, &file.path).await?;
             }
             Resource::Bridge { name } if host.networks.bridge_is_used(name) => continue,
             // The network has another bridge by now, or was never made.

@@ -161,6 +161,7 @@ mod tests {
             boot: Boot::default(),
             disks: vec![disk],
             nics: vec![Nic { network: "n".parse().unwrap(), mac: "52:54:00:00:00:01".to_owned() }],
+            saved: None,
         }
     }
 

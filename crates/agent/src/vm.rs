@@ -32,7 +32,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use whimbrel_api::agent::{Mobility, VmReport};
-use whimbrel_api::vm::{Boot, VmAction, VmDefinition, VmState};
+use whimbrel_api::vm::{Boot, StateFile, VmAction, VmDefinition, VmState};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name, VmId};
 use whimbrel_migration::handoff::Ownership;
 use whimbrel_qemu::machine::Machine;
@@ -104,6 +104,23 @@ impl Vms {
             VmAction::Resume => Order::Resume(reply),
         })
         .await?
+    }
+
+    /// Saves a VM's whole state to a new file and ends its QEMU. On success the VM is stopped, and goes on from the file only;
+    /// on failure it is as it was.
+    ///
+    /// # Errors
+    /// A refusal with nothing begun, or what failed.
+    pub async fn save(&self, vm: VmId, to: StateFile) -> Result<VmReport, ApiError> {
+        self.order(vm, |reply| Order::Save { to, reply }).await?
+    }
+
+    /// Lets a saved VM go on from its file, which is used up by that.
+    ///
+    /// # Errors
+    /// A refusal with nothing begun, or what failed; the VM is saved as before then, or runs.
+    pub async fn restore(&self, vm: VmId, from: StateFile) -> Result<VmReport, ApiError> {
+        self.order(vm, |reply| Order::Restore { from, reply }).await?
     }
 
     /// Deletes a stopped VM with its disks. On success this host has only old ownership records of it.
@@ -359,6 +376,7 @@ pub fn storages_of(definition: &VmDefinition) -> BTreeSet<Name> {
         storages.insert(kernel.storage.clone());
         storages.extend(initrd.iter().map(|file| file.storage.clone()));
     }
+    storages.extend(definition.saved.iter().map(|saved| saved.file.storage.clone()));
     storages
 }
 

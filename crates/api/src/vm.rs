@@ -311,6 +311,20 @@ pub struct VmDefinition {
     pub disks: Vec<Disk>,
     /// Its network cards, in order.
     pub nics: Vec<Nic>,
+    /// The state from which it goes on, if it was saved. A VM that has one is stopped, and is not started anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved: Option<SavedState>,
+}
+
+/// A VM's whole state in a file, its memory included.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SavedState {
+    /// The file.
+    pub file: StoragePath,
+    /// Whether each page has a place of its own in it. A QEMU that does not know that layout (before 9.0) cannot restore it.
+    #[serde(default)]
+    pub mapped: bool,
 }
 
 /// A disk of a VM.

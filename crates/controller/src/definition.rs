@@ -197,6 +197,7 @@ pub(crate) fn define(
         boot: spec.boot.clone(),
         disks: disks.collect::<Result<_, _>>()?,
         nics: define_nics(spec, taken)?,
+        saved: None,
     })
 }
 

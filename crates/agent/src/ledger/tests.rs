@@ -18,6 +18,7 @@ pub(crate) fn definition(id: VmId) -> VmDefinition {
         boot: Boot::default(),
         disks: Vec::new(),
         nics: Vec::new(),
+        saved: None,
     }
 }
 

@@ -82,6 +82,9 @@ pub(super) async fn delete_files(
         if let Some(Resource::DiskFile { storage, path, .. }) = variables(&definition)? {
             folder(&storage)?.remove_file(&path)?;
         }
+        if let Some(saved) = &definition.saved {
+            folder(&saved.file.storage)?.remove_file(&saved.file.path)?;
+        }
         for disk in &definition.disks {
             folder(&disk.file.storage)?.remove_empty_folder(&vm_folder(definition.id))?;
         }
@@ -103,6 +106,7 @@ async fn note(host: &Arc<Host>, definition: VmDefinition) -> Result<VmReport, Ap
 fn pin(host: &Host, asked: VmDefinition) -> Result<VmDefinition, ApiError> {
     let mut definition = asked;
     definition.generation = definition.generation.max(1);
+    definition.saved = None;
     if definition.machine.is_empty() {
         let engine = host.engines.first();
         let newest = engine.and_then(|engine| engine.pinned_machine_type("q35"));

@@ -2,7 +2,7 @@
 
 use tokio::sync::oneshot;
 use whimbrel_api::agent::VmReport;
-use whimbrel_api::vm::VmState;
+use whimbrel_api::vm::{StateFile, VmState};
 use whimbrel_api::{ApiError, MigrationId};
 use whimbrel_migration::handoff::Ownership;
 use whimbrel_qemu::machine::Machine;
@@ -23,6 +23,14 @@ pub(super) enum Order {
     },
     Pause(Reply),
     Resume(Reply),
+    Save {
+        to: StateFile,
+        reply: Reply,
+    },
+    Restore {
+        from: StateFile,
+        reply: Reply,
+    },
     Delete(oneshot::Sender<Result<(), ApiError>>),
     Lend {
         migration: MigrationId,

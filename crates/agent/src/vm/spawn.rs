@@ -53,6 +53,8 @@ pub enum Purpose {
     Start,
     /// To receive this migration (`-incoming defer`).
     Receive(MigrationId),
+    /// To go on from a saved state (`-incoming defer`).
+    Restore,
 }
 
 /// Spawns a QEMU for a definition. On success it answers, its guest stands still, and ledger and journal name all of it.
@@ -272,7 +274,7 @@ impl Plan<'_> {
             name: self.run.clone(),
             definition: self.definition.clone(),
             migration: match self.purpose {
-                Purpose::Start => None,
+                Purpose::Start | Purpose::Restore => None,
                 Purpose::Receive(migration) => Some(migration),
             },
             process: process.identity().clone(),
@@ -348,7 +350,7 @@ impl Plan<'_> {
                 log: self.dir.console_log(),
             },
             qmp_socket: self.dir.qmp_socket(),
-            incoming: matches!(self.purpose, Purpose::Receive(_)),
+            incoming: self.purpose != Purpose::Start,
         }
     }
 }
@@ -401,7 +403,7 @@ fn takes_direct(path: &std::path::Path) -> bool {
 
 fn run_name(definition: &VmDefinition, purpose: Purpose) -> String {
     let id = match purpose {
-        Purpose::Start => Uuid::new_v4(),
+        Purpose::Start | Purpose::Restore => Uuid::new_v4(),
         Purpose::Receive(migration) => *migration.as_uuid(),
     };
     let id = id.simple().to_string();

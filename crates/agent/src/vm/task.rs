@@ -4,6 +4,7 @@
 //! look. Actions live in `task/actions.rs`, what QEMU does by itself in `task/watch.rs`.
 
 mod actions;
+mod saved;
 mod watch;
 
 use std::sync::Arc;
@@ -213,6 +214,14 @@ impl Task {
             }
             Order::Resume(reply) => {
                 let outcome = self.resume().await;
+                self.answer(reply, outcome);
+            }
+            Order::Save { to, reply } => {
+                let outcome = self.save(&to).await;
+                self.answer(reply, outcome);
+            }
+            Order::Restore { from, reply } => {
+                let outcome = self.restore(&from).await;
                 self.answer(reply, outcome);
             }
             Order::Delete(reply) => {

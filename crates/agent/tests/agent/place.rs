@@ -283,6 +283,7 @@ pub(crate) fn definition() -> VmDefinition {
         boot: Boot::default(),
         disks: vec![disk],
         nics: Vec::new(),
+        saved: None,
     }
 }
 

@@ -134,6 +134,7 @@ fn files(vm: &VmDefinition) -> Vec<FileFacts> {
         files.push(fact("kernel".to_owned(), kernel));
         files.extend(initrd.as_ref().map(|initrd| fact("initrd".to_owned(), initrd)));
     }
+    files.extend(vm.saved.as_ref().map(|saved| fact("saved state".to_owned(), &saved.file)));
     files
 }
 

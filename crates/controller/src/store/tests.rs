@@ -24,6 +24,7 @@ fn definition(id: VmId, vm: &str) -> VmDefinition {
         boot: Default::default(),
         disks: vec![],
         nics: vec![],
+        saved: None,
     }
 }
 

@@ -25,6 +25,7 @@ impl Task {
             return Err(self.refuse("stopped"));
         }
         self.own().await?;
+        self.refuse_if_saved()?;
         self.intend(Intent::Run).await?;
         let spawned = spawn::spawn(&self.host, &self.definition, Purpose::Start).await?;
         let begun = async {
@@ -103,9 +104,9 @@ impl Task {
             State::Crashed { .. } => {
                 self.note_end(None).await;
                 self.state = State::Stopped;
-                Ok(())
+                self.give_up_saved().await
             }
-            State::Stopped => Ok(()),
+            State::Stopped => self.give_up_saved().await,
             _ => Err(self.refuse("running")),
         }
     }
@@ -267,7 +268,7 @@ impl Task {
     }
 
     /// Makes sure, from the ledger, that this host owns the VM and no migration is open.
-    async fn own(&mut self) -> Result<(), ApiError> {
+    pub(super) async fn own(&mut self) -> Result<(), ApiError> {
         let current = self.host.ledger.current(self.definition.id).await?;
         match current {
             Some(record) if record.standing == Standing::Owned => {
