@@ -22,6 +22,7 @@ mod order;
 pub mod running;
 pub mod spawn;
 mod start_up;
+pub(crate) mod take_back;
 mod task;
 
 use std::collections::{BTreeSet, HashMap};
@@ -218,6 +219,31 @@ impl Vms {
     pub fn adopt_stopped(&self, host: &Arc<Host>, definition: VmDefinition, ownership: Ownership) {
         let id = definition.id;
         self.insert(id, task::run(host, definition, ownership, task::Beginning::Stopped));
+    }
+
+    /// Takes in a VM whose guest has come before all of its memory: the ledger says `Fetching` already. It has a task from
+    /// now on, and is lent to the migration that brings the rest, as by [`Vms::lend`]. `qemu` is its QEMU, unless that has
+    /// ended.
+    ///
+    /// # Errors
+    /// As [`Vms::adopt_incoming`].
+    pub(crate) async fn adopt_lent(
+        &self,
+        host: &Arc<Host>,
+        definition: &VmDefinition,
+        (ownership, migration): (Ownership, MigrationId),
+        qemu: Option<&Spawned>,
+    ) -> Result<(), ApiError> {
+        let noted = match qemu {
+            Some(qemu) => host.ledger.set_running(definition, &qemu.run).await,
+            None => host.ledger.set_ended(definition.id, None).await,
+        };
+        let news = VmState::Migrating { migration };
+        let record = qemu.map(|qemu| Box::new(qemu.record()));
+        let beginning = task::Beginning::Lent { migration, news, record };
+        let vm = definition.id;
+        self.insert(vm, task::run(host, definition.clone(), ownership, beginning));
+        Ok(noted?)
     }
 
     /// Opens a VM's console.

@@ -152,6 +152,7 @@ async fn whereabouts(page: &mut Page) -> Whereabouts {
                     Ok(IncomingReport::Refused { why }) => {
                         Some(Settled::Stayed(Stay::DestinationRefused { message: why }))
                     }
+                    Ok(IncomingReport::Fetching { .. }) => None,
                     Ok(IncomingReport::Waiting | IncomingReport::None) => {
                         return Whereabouts::NotAsked;
                     }
@@ -329,7 +330,7 @@ async fn settled_by_destination(page: &Page, silence: &ApiError) -> Option<Settl
             let message = format!("{why}; the source has not been heard of since: {silence}");
             Some(Settled::Stayed(Stay::DestinationRefused { message }))
         }
-        IncomingReport::Waiting | IncomingReport::None => None,
+        IncomingReport::Waiting | IncomingReport::Fetching { .. } | IncomingReport::None => None,
     }
 }
 

@@ -31,7 +31,7 @@ use whimbrel_api::error::chain;
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId};
 use whimbrel_migration::handoff::{
-    Action, Destination, DestinationInput, Message, Ownership, RESEND_INTERVAL_MS, Standing,
+    Action, Body, Destination, DestinationInput, Message, Ownership, RESEND_INTERVAL_MS, Standing,
 };
 use whimbrel_migration::phase::Outcome;
 use whimbrel_pki::identity::qemu_subject;
@@ -40,6 +40,7 @@ use whimbrel_qemu::event::{EventKind, Events};
 use whimbrel_qemu::machine::{RunState, Status};
 use whimbrel_qemu::migrate::Statistics;
 use whimbrel_qemu::migrate::incoming::{self, IncomingError, IncomingSettings, IncomingTls};
+use whimbrel_qemu::process::Process;
 use whimbrel_qemu::qmp::QmpError;
 
 use self::fetching::{Came, Loading, wait_loaded};
@@ -47,6 +48,7 @@ use super::driver::{Side, drive, ended, ticks, written};
 use super::{migration_ip, remember_incoming, settings};
 use crate::host::Host;
 use crate::vm::found::{has_ended, hear_again};
+use crate::vm::running::describe_end;
 use crate::vm::spawn::{Purpose, destroy, spawn};
 use crate::vm::{RunningVm, Spawned};
 
@@ -92,6 +94,10 @@ pub(super) struct Arrival {
     resumed: Option<(Instant, u64)>,
     /// The record by which this host owns the VM, once it is on the disk.
     owned: Option<Ownership>,
+    /// The VM has a task here, which has lent it: its memory still comes.
+    adopted: bool,
+    /// Why its guest had to be ended.
+    starved: Option<String>,
     moved: bool,
 }
 
@@ -185,8 +191,16 @@ impl Arrival {
             heard: Instant::now(),
             resumed: None,
             owned: None,
+            adopted: false,
+            starved: None,
             moved: false,
         }
+    }
+
+    /// One that is taken up again, with what an earlier life of the agent had written.
+    pub(super) fn with_record(mut self, record: Ownership) -> Self {
+        self.owned = Some(record).filter(is_owner);
+        self
     }
 
     /// Brings this side to its end. `first` is what the rules want done first.
@@ -194,8 +208,9 @@ impl Arrival {
     /// Postcondition: the rules are finished. Either this host owns the VM and its task has it, or the QEMU is gone with
     /// all that was made for it, and this host will never run the guest in this epoch.
     pub(super) async fn run(mut self, first: Vec<Action>, orders: mpsc::Receiver<Order>) {
+        // Where it is taken up again the guest may be here already, and the rest of its memory still come.
+        self.adopt().await;
         if self.rules.lacks_memory() {
-            // It is taken up again: the guest is here, and the rest of its memory still comes.
             self.fetch();
         }
         let ears = Ears { orders, tick: ticks(), deaf_to_qemu: false };
@@ -248,7 +263,7 @@ impl Arrival {
         };
         match written {
             Ok(()) => {
-                self.owned = matches!(record.standing, Standing::Owned).then(|| record.clone());
+                self.owned = is_owner(record).then(|| record.clone());
                 DestinationInput::Persisted
             }
             Err(error) => {
@@ -307,6 +322,9 @@ impl Arrival {
     /// QEMU closes its listener itself once the stream is complete; a port that is still open would let a second stream in.
     /// Not asked of the port: the next QEMU that waits for a guest may have it by now.
     ///
+    /// In post-copy it listens to the end (7.2, 10.0) and drops whoever comes besides its source; what is still to come could
+    /// not be waited for.
+    ///
     /// A QEMU that has died, of which nobody has heard yet, is no owner's: after the next step it would take the VM with it,
     /// while a refusal still lets the source resume.
     fn close_listeners(&self) -> DestinationInput {
@@ -316,6 +334,9 @@ impl Arrival {
         let Some(target) = &self.target else { return DestinationInput::CloseFailed };
         if has_ended(target.process.identity()) {
             return DestinationInput::CloseFailed;
+        }
+        if self.rules.lacks_memory() {
+            return DestinationInput::ListenersClosed;
         }
         match target.process.listens() {
             Ok(false) => DestinationInput::ListenersClosed,
@@ -422,31 +443,65 @@ impl Arrival {
     }
 
     /// The VM's task gets the VM, or the rest of the try is swept.
-    async fn finish(self) {
+    async fn finish(mut self) {
         let id = self.id;
-        match (self.target, self.owned) {
-            (Some(qemu), Some(ownership)) if self.moved => {
-                if let Err(error) = remove_qemu_credentials(&qemu.dir.tls_folder()) {
-                    warn!(migration = %id, error = chain(&error), "QEMU's certificates are left over until its run is swept");
-                }
-                let (vm, epoch) = (ownership.vm, ownership.epoch);
-                if let Err(error) =
-                    self.host.vms.adopt_incoming(&self.host, RunningVm { qemu, ownership }).await
-                {
-                    error!(migration = %id, %error, "the VM runs here, but its row could not be written");
-                }
-                let state =
-                    self.host.vms.report(vm).map_or(VmState::Running, |report| report.state);
-                self.report.send_replace(IncomingReport::Owned { epoch, vm: state });
-            }
+        if self.is_definition() {
+            return definition::settle(&self.host, &self.request, self.owned.take(), &self.report)
+                .await;
+        }
+        match (self.target.take(), self.owned.take()) {
+            (target, Some(ownership)) if self.moved => self.hand_over(target, ownership).await,
             (Some(target), _) => {
                 if let Err(error) = destroy(&self.host, &target).await {
                     warn!(migration = %id, %error, "what was prepared is left to the next sweep");
                 }
             }
-            (None, owned) => definition::settle(&self.host, &self.request, owned, &self.report).await,
+            (None, _) => {}
         }
     }
+
+    /// The guest is here, or has ended here.
+    async fn hand_over(self, target: Option<Spawned>, ownership: Ownership) {
+        let Self { id, host, report, adopted, starved, .. } = self;
+        let vms = &host.vms;
+        let (vm, epoch) = (ownership.vm, ownership.epoch);
+        if let Some(qemu) = &target
+            && let Err(error) = remove_qemu_credentials(&qemu.dir.tls_folder())
+        {
+            warn!(migration = %id, error = chain(&error), "QEMU's certificates are left over until its run is swept");
+        }
+        match target {
+            Some(qemu) if !adopted => {
+                let running = RunningVm { qemu, ownership };
+                if let Err(error) = vms.adopt_incoming(&host, running).await {
+                    error!(migration = %id, %error, "the VM runs here, but its row could not be written");
+                }
+            }
+            Some(qemu) if !has_ended(qemu.process.identity()) => {
+                vms.give_back(RunningVm { qemu, ownership }).await;
+            }
+            target => {
+                let ended = target.map(|qemu| how_it_ended(&qemu.process));
+                let why = starved.or(ended);
+                let why = why.unwrap_or_else(|| "QEMU ended during a migration".to_owned());
+                vms.give_back_ended(vm, Some(why)).await;
+            }
+        }
+        let state = vms.report(vm).map_or(VmState::Running, |report| report.state);
+        report.send_replace(IncomingReport::Owned { epoch, vm: state });
+    }
+}
+
+/// Whether a record makes its host the owner of the VM, for good.
+fn is_owner(record: &Ownership) -> bool {
+    matches!(record.standing, Standing::Owned | Standing::Fetching { .. })
+}
+
+fn how_it_ended(process: &Process) -> String {
+    process.exited().map_or_else(
+        || "QEMU ended during a migration".to_owned(),
+        |exit| describe_end(process, exit),
+    )
 }
 
 impl Side for Arrival {
@@ -469,6 +524,9 @@ impl Side for Arrival {
                 self.send(message);
                 // Whoever carries the answer to the network goes first: what follows here touches files.
                 yield_now().await;
+                if message.body == Body::Owned {
+                    self.adopt().await;
+                }
                 None
             }
             Action::CloseListeners => Some(self.close_listeners()),

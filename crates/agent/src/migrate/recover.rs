@@ -134,7 +134,8 @@ async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let (offer, offered) = watch::channel(state.offer.map(Ok));
     let first_report = match &record.standing {
-        Standing::Owned | Standing::Fetching { .. } => {
+        Standing::Fetching { .. } => IncomingReport::Fetching { epoch: record.epoch },
+        Standing::Owned => {
             let vm = host.vms.report(row.vm).map_or(VmState::Stopped, |report| report.state);
             IncomingReport::Owned { epoch: record.epoch, vm }
         }
@@ -171,6 +172,7 @@ async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
             let voices = destination::Voices { offer, report, statistics };
             let request = (request, state.ticket);
             destination::Arrival::new(host, row.id, request, rules, target, voices)
+                .with_record(record)
                 .run(first, inbox)
                 .await;
         }

@@ -72,6 +72,11 @@ impl Pool {
 
     /// A host whose QEMU is the fake.
     pub(crate) fn host(self: &Arc<Self>, name: &str, port: u16) -> Place {
+        self.host_of_version(name, port, "7.2")
+    }
+
+    /// A host whose QEMU is the fake of a version.
+    pub(crate) fn host_of_version(self: &Arc<Self>, name: &str, port: u16, version: &str) -> Place {
         // A copy within reach of QEMU's user, behind a script that tells the fake of its test.
         let program = self.dir().join("fake-qemu");
         if !program.exists() {
@@ -80,7 +85,7 @@ impl Pool {
         let engine = self.dir().join(format!("{name}-qemu"));
         let place = self.host_with_engine(name, port, &engine);
         let script = format!(
-            "#!/bin/sh\nexport FAKE_QEMU_VERSION=7.2 FAKE_QEMU_WATCH_DIR={} FAKE_QEMU_FAULTS_FILE={}\nexec {} \"$@\"\n",
+            "#!/bin/sh\nexport FAKE_QEMU_VERSION={version} FAKE_QEMU_WATCH_DIR={} FAKE_QEMU_FAULTS_FILE={}\nexec {} \"$@\"\n",
             self.dir().join("watch").display(),
             place.faults_file().display(),
             program.display(),

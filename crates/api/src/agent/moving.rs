@@ -133,6 +133,11 @@ pub enum IncomingReport {
         /// Why.
         why: String,
     },
+    /// This host owns the VM, and part of its memory is still at the source (post-copy).
+    Fetching {
+        /// The epoch.
+        epoch: Epoch,
+    },
     /// This host owns the VM.
     Owned {
         /// The epoch.

@@ -76,7 +76,7 @@ async fn sweep(controller: &Controller, record: &Migration) -> Vec<String> {
         Err(error) => Some(left(controller, &record.source, "outgoing", &error)),
     };
     let incoming = match dropped {
-        Ok(IncomingReport::Waiting) => {
+        Ok(IncomingReport::Waiting | IncomingReport::Fetching { .. }) => {
             Some(format!("{}: the incoming side is still there", record.destination))
         }
         Ok(_) => None,

@@ -68,8 +68,12 @@ pub(super) fn fail(vm: &Vm, reason: String, stays: bool) {
 async fn receive(vm: &Arc<Vm>, listener: TcpListener) -> Result<(), String> {
     let text = |error: std::io::Error| error.to_string();
     let (mut lines, mut writer, hello) = accept(vm, &listener).await?;
-    drop(listener);
-    vm.state().migration.listens_on = None;
+    {
+        let mut state = vm.state();
+        state.migration.listens_on = None;
+        let stays = state.capabilities.contains("postcopy-ram");
+        state.migration.listener = Some(listener).filter(|_| stays);
+    }
     vm.migration_becomes("active");
     vm.faults.at("accepted").await.map_err(|refused| refused.to_string())?;
     check_shape(vm, &hello)?;
@@ -101,6 +105,7 @@ async fn receive(vm: &Arc<Vm>, listener: TcpListener) -> Result<(), String> {
         receiving::receive(vm, (lines, writer)).await;
         return Ok(());
     }
+    vm.state().migration.listener = None;
     vm.migration_becomes("completed");
     vm.faults.at("loaded").await.map_err(|refused| refused.to_string())?;
     // A source that has given up does not matter any more: this end has loaded.

@@ -18,6 +18,7 @@ pub(super) fn recover(vm: &Arc<Vm>, arguments: &Value) -> Result<(), String> {
     if vm.state().migration.status != "postcopy-paused" || !vm.options.incoming {
         return Err("Migrate recover can only be run when postcopy is paused.".to_owned());
     }
+    vm.state().migration.listener = None;
     let listener = bind(vm, arguments)?;
     vm.state().migration.recover_on = Some(listener);
     vm.ordered.notify_one();
@@ -55,6 +56,7 @@ async fn pages(vm: &Arc<Vm>, (mut lines, mut writer): Connection) -> bool {
         if line["done"] != json!(true) {
             continue;
         }
+        vm.state().migration.listener = None;
         vm.migration_becomes("completed");
         // A source that is gone by now does not matter any more.
         let _ = writer.write_all(b"{\"complete\": true}\n").await;
@@ -89,8 +91,10 @@ async fn told_to_listen(vm: &Arc<Vm>) {
 
 async fn resumed(vm: &Arc<Vm>, listener: TcpListener) -> Result<Connection, String> {
     let (lines, mut writer, hello) = accept(vm, &listener).await?;
-    drop(listener);
-    vm.state().migration.listens_on = None;
+    {
+        let mut state = vm.state();
+        (state.migration.listens_on, state.migration.listener) = (None, Some(listener));
+    }
     vm.migration_becomes("postcopy-recover");
     if hello["resume"] != json!(true) {
         return Err("not the migration that was paused".to_owned());

@@ -73,6 +73,8 @@ pub(super) struct Migration {
     pub(super) postcopy_bytes: u64,
     /// `migrate` with `resume` has come.
     pub(super) resume_to: Option<String>,
+    /// Where it listens: where post-copy may come to the end of it.
+    pub(super) listener: Option<TcpListener>,
     /// `migrate-recover` has come.
     pub(super) recover_on: Option<TcpListener>,
 }

@@ -14,10 +14,10 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
-use whimbrel_api::agent::NewAddress;
+use whimbrel_api::agent::{IncomingReport, NewAddress};
 use whimbrel_api::error::chain;
 use whimbrel_api::{ApiError, ErrorCode};
-use whimbrel_migration::handoff::{DestinationInput, RESEND_INTERVAL_MS};
+use whimbrel_migration::handoff::{DestinationInput, RESEND_INTERVAL_MS, Standing};
 use whimbrel_qemu::machine::Machine;
 use whimbrel_qemu::migrate::incoming::{self, IncomingError, Loaded};
 use whimbrel_qemu::migrate::outgoing::pause_postcopy;
@@ -91,6 +91,24 @@ impl Arrival {
         }
     }
 
+    /// Gives the VM a task of its own as soon as it is this host's, where its memory still comes: it is told as migrating,
+    /// its console can be read, and all other orders are refused.
+    pub(super) async fn adopt(&mut self) {
+        let Some(record) = self.owned.clone().filter(|_| !self.adopted) else { return };
+        if !matches!(record.standing, Standing::Fetching { .. }) {
+            return;
+        }
+        self.adopted = true;
+        let epoch = record.epoch;
+        let (definition, target) = (&self.request.definition, self.target.as_ref());
+        let vms = &self.host.vms;
+        let owner = (record, self.id);
+        if let Err(error) = vms.adopt_lent(&self.host, definition, owner, target).await {
+            warn!(migration = %self.id, %error, "the VM is here, but its row could not be written");
+        }
+        self.report.send_replace(IncomingReport::Fetching { epoch });
+    }
+
     /// Waits for the rest of the memory.
     pub(super) fn fetch(&mut self) {
         let Some(target) = &self.target else { return };
@@ -104,6 +122,10 @@ impl Arrival {
         match Statistics::query(target.machine.qmp()).await.ok()?.status {
             MigrationStatus::Completed => Some(DestinationInput::Loaded),
             MigrationStatus::PostcopyPaused | MigrationStatus::Failed => {
+                let source = &self.request.source;
+                let why =
+                    format!("the memory that was still at {source} is lost with its QEMU there");
+                self.starved = Some(why);
                 Some(DestinationInput::Starved)
             }
             _ => None,

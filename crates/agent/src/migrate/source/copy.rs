@@ -18,7 +18,7 @@ use whimbrel_api::{ErrorCode, Phase};
 use whimbrel_migration::handoff::SourceInput;
 use whimbrel_qemu::machine::{Machine, RunState};
 use whimbrel_qemu::migrate::outgoing::{
-    Completed, Control, Outgoing, OutgoingError, OutgoingSettings, Switched, take_back,
+    Completed, Control, Outgoing, OutgoingError, OutgoingSettings, Switched,
 };
 use whimbrel_qemu::migrate::{MigrationStatus, Statistics};
 use whimbrel_qemu::qmp::QmpError;
@@ -27,6 +27,7 @@ use super::Departure;
 use super::pause::now_us;
 use super::samples::progress;
 use crate::vm::found::hear_again;
+use crate::vm::take_back;
 
 /// The least time that QEMU gets, in seconds, from the guest's stop until the rest has arrived; after it the guest resumes
 /// here. A slow link gets more: see [`switchover_limit`].
@@ -44,8 +45,6 @@ const CANCEL_ALONE_MS: u64 = 700;
 const SENT_POLL_MS: u64 = 2;
 /// What a QEMU may lock for zero-copy, in bytes: no bound, as its guest's memory is all that it locks.
 const ZERO_COPY_LOCKED_BYTES: u64 = u64::MAX;
-/// The stand-in's socket in the folder of a QEMU whose guest is taken back.
-const STAND_IN: &str = "stand-in";
 
 /// What has been sent when a copy ends.
 pub(super) enum Sent {
@@ -225,23 +224,14 @@ impl Departure {
             cancelled = Ok(Outgoing::reattach(machine).cancel(within).await);
         }
         match cancelled {
-            Ok(Err(OutgoingError::Postcopy)) => self.take_guest_back().await,
+            // Its state has been sent, and was not released.
+            Ok(Err(OutgoingError::Postcopy)) => {
+                take_back::from_postcopy(&self.host, &guest.qemu).await
+            }
             Ok(Err(error)) => {
                 warn!(migration = %self.id, error = chain(&error), "QEMU did not confirm the cancel");
             }
             _ => {}
-        }
-    }
-
-    /// The guest's state has been sent, and was not released: its memory is whole here, and QEMU has to be brought to
-    /// believe it.
-    async fn take_guest_back(&mut self) {
-        let Some(guest) = &self.guest else { return };
-        let socket = guest.qemu.dir.qemu_folder().join(STAND_IN);
-        let within = Duration::from_secs(CANCEL_SECONDS);
-        let user = Some(self.host.qemu_user());
-        if let Err(error) = take_back(&guest.qemu.machine, &socket, user, within).await {
-            warn!(migration = %self.id, error = chain(&error), "QEMU did not give its guest back");
         }
     }
 }

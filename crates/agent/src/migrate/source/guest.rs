@@ -16,6 +16,7 @@ use super::Departure;
 use crate::host::Host;
 use crate::vm::RunningVm;
 use crate::vm::found::hear_again;
+use crate::vm::take_back;
 
 /// How often an attempt to resume the guest is repeated, in milliseconds.
 const RESUME_RETRY_MS: u64 = 200;
@@ -37,6 +38,7 @@ impl Departure {
                     Ok(()) => return,
                     Err(error) => {
                         warn!(migration = %id, error = chain(&error), "the guest could not be resumed; trying again");
+                        take_back::from_postcopy(&self.host, &guest.qemu).await;
                         sleep(Duration::from_millis(RESUME_RETRY_MS)).await;
                     }
                 }

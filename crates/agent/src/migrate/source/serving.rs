@@ -85,14 +85,19 @@ impl Departure {
     /// Goes on where an earlier life of the agent was in post-copy.
     pub(super) async fn serve_again(&mut self) {
         let Some(guest) = &self.guest else { return };
-        let status = Statistics::query(guest.qemu.machine.qmp()).await.map(|seen| seen.status);
-        let over = matches!(
-            status,
-            Ok(MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled)
-        );
-        // Of one that could not be asked nothing is known, and it is asked on.
-        if over || status.is_err() || status.is_ok_and(|status| status.is_postcopy()) {
-            self.serve();
+        match Statistics::query(guest.qemu.machine.qmp()).await {
+            Ok(seen) if seen.status.is_postcopy() => {
+                self.serve();
+                self.look_after_postcopy(&seen);
+            }
+            Ok(Statistics {
+                status:
+                    MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled,
+                ..
+            })
+            // Nothing is known of it, and it is asked on.
+            | Err(_) => self.serve(),
+            Ok(_) => {}
         }
     }
 

@@ -10,7 +10,7 @@ use whimbrel_qemu::process::Exit;
 
 use super::super::found::{Found, has_ended};
 use super::super::running::describe_end;
-use super::super::spawn;
+use super::super::{spawn, take_back};
 use super::{State, Task, Watched};
 
 /// How long QEMU may take to end after it was told to, in seconds: it flushes the disks first.
@@ -163,6 +163,8 @@ impl Task {
             tracing::warn!(vm = %self.definition.name, error, "certificates of an ended migration are left");
         }
         let machine = watched.qemu.machine.clone();
+        // A guest that was refused, or never released, may still be in the middle of it.
+        take_back::from_postcopy(&self.host, &watched.qemu).await;
         let Ok(status) = machine.status().await else { return };
         let stopped = matches!(
             status.run_state,
