@@ -22,6 +22,7 @@ use crate::failpoint::Failpoints;
 use crate::in_hand::InHand;
 use crate::ledger::{Ledger, Resource};
 use crate::measure::Links;
+use crate::metrics::Metrics;
 use crate::migrate::Migrations;
 use crate::network::Networks;
 use crate::storage::Storages;
@@ -57,6 +58,8 @@ pub struct Host {
     pub migrations: Migrations,
     /// What it knows of the ways to other hosts.
     pub links: Links,
+    /// What it counts.
+    pub metrics: Metrics,
 }
 
 impl Host {

@@ -2,7 +2,7 @@
 //!
 //! The controller may call everything. Agents may call the handoff of their own migration and have its destination listen
 //! anew, which [`crate::migrate`] checks, have a probe of the way to here received ([`measure`]), and nothing else;
-//! operators and strangers may call nothing. No decision about a VM is taken here.
+//! monitors may read the metrics; operators and strangers may call nothing. No decision about a VM is taken here.
 
 mod console;
 mod events;
@@ -23,6 +23,7 @@ use whimbrel_api::agent::{
     KnockAddress, KnockConnect, KnockListen, Mobility, OutgoingReport, OutgoingRequest, Reach,
     SharedToken, StorageReport, TokenSeen, VmReport,
 };
+use whimbrel_api::metrics::Scrape;
 use whimbrel_api::pool::{Network, Storage};
 use whimbrel_api::server::{Body, Segment, no_such_path};
 use whimbrel_api::vm::{StopRequest, VmAction, VmDefinition};
@@ -71,7 +72,10 @@ pub fn router(host: Arc<Host>) -> Router {
         .merge(measure::for_agents())
         .merge(moving::for_agents())
         .layer(middleware::from_fn(controller_or_agent));
+    let monitors =
+        Router::new().route("/metrics", get(metrics)).layer(middleware::from_fn(monitor_only));
     Router::new()
+        .merge(monitors)
         .nest("/v1", controllers.merge(agents))
         .fallback(no_such_path)
         .layer(axum::extract::DefaultBodyLimit::max(BODY_LIMIT_BYTES))
@@ -100,11 +104,26 @@ async fn controller_or_agent(
     }
 }
 
+async fn monitor_only(
+    Extension(who): Extension<PeerExtension>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match &who.peer {
+        Some(Peer::Monitor(_)) => next.run(request).await,
+        other => refuse(other.as_ref(), "a monitor"),
+    }
+}
+
 fn refuse(who: Option<&Peer>, allowed: &str) -> Response {
     let who = who.map_or_else(|| "a caller without certificate".to_owned(), Peer::to_string);
     tracing::warn!(who, "refused at the door");
     ApiError::new(ErrorCode::NotAllowed, format!("{who} may not make this call, only {allowed}"))
         .into_response()
+}
+
+async fn metrics(State(host): On) -> Scrape {
+    crate::metrics::scrape(&host).await
 }
 
 async fn report(State(host): On) -> Json<HostReport> {

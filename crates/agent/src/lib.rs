@@ -19,6 +19,7 @@ pub mod in_hand;
 pub mod join;
 pub mod ledger;
 pub mod measure;
+pub mod metrics;
 pub mod migrate;
 pub mod network;
 pub mod storage;
@@ -186,6 +187,7 @@ impl Agent {
             vms: vm::Vms::default(),
             migrations: migrate::Migrations::default(),
             links: measure::Links::default(),
+            metrics: metrics::Metrics::default(),
             config,
         });
         take_up(&host).await.map_err(AgentError::TakeUp)?;

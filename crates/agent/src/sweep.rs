@@ -62,8 +62,10 @@ pub async fn again_and_again(host: Arc<Host>) {
 pub async fn once(host: &Arc<Host>, told: &mut HashSet<String>) -> Result<(), ApiError> {
     let mut left = left_over(host).await?;
     if left.is_empty() {
+        host.metrics.swept(0);
         return Ok(());
     }
+    let mut still_left = 0;
     // Read after it was seen that nobody holds what is left: whoever let go of it has written down what it is to be.
     let runs = host.ledger.runs().await?;
     let vms = host.ledger.vms().await?;
@@ -89,8 +91,11 @@ pub async fn once(host: &Arc<Host>, told: &mut HashSet<String>) -> Result<(), Ap
     for run in &runs {
         let Some(_held) = left.remove(&run.name) else { continue };
         if ownerships.contains_key(&run.definition.id) {
-            end_run(host, run).await;
-        } else if told.insert(run.name.clone()) {
+            still_left += usize::from(!end_run(host, run).await);
+            continue;
+        }
+        still_left += 1;
+        if told.insert(run.name.clone()) {
             tracing::error!(
                 run = run.name,
                 "a QEMU of a VM that nobody has a record of is left alone"
@@ -103,8 +108,10 @@ pub async fn once(host: &Arc<Host>, told: &mut HashSet<String>) -> Result<(), Ap
     for (owner, (resources, _alone)) in left {
         if let Err(error) = sweep_owner(host, &owner, &resources, (&known_vms, &saved)).await {
             tracing::error!(owner, %error, "something was not swept");
+            still_left += 1;
         }
     }
+    host.metrics.swept(still_left);
     Ok(())
 }
 
@@ -121,8 +128,9 @@ async fn left_over(host: &Arc<Host>) -> Result<BTreeMap<String, (Vec<Resource>, 
     Ok(held.collect())
 }
 
-/// Ends a QEMU that this host must not run any more, or that never ran, and takes down what belongs to it.
-async fn end_run(host: &Host, run: &RunRecord) {
+/// Ends a QEMU that this host must not run any more, or that never ran, and takes down what belongs to it. Whether that
+/// was done.
+async fn end_run(host: &Host, run: &RunRecord) -> bool {
     tracing::info!(run = run.name, "sweeps a QEMU that nobody owns");
     let log = RunDir::new(&host.config.run_dir(), &run.name).qemu_log();
     let ended = match Process::adopt(&run.process, &log) {
@@ -130,10 +138,14 @@ async fn end_run(host: &Host, run: &RunRecord) {
         Err(AdoptError::Gone { .. }) => Ok(()),
         Err(error) => Err(ApiError::internal("it cannot be looked at", &error)),
     };
-    match ended {
-        Ok(()) => spawn::sweep_run(host, &run.name, &run.taps).await,
-        Err(error) => tracing::error!(run = run.name, %error, "a QEMU was not swept"),
+    let swept = match ended {
+        Ok(()) => spawn::take_down(host, &run.name, &run.taps).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = &swept {
+        tracing::error!(run = run.name, %error, "a QEMU was not swept");
     }
+    swept.is_ok()
 }
 
 /// Removes all that was made, or about to be made, for one owner.

@@ -9,7 +9,7 @@ use whimbrel_api::client::AgentClient;
 use whimbrel_api::pool::{Network, Storage};
 use whimbrel_api::vm::{StopRequest, VmAction, VmState};
 use whimbrel_api::{ErrorCode, VmId};
-use whimbrel_pki::files::{ControllerIdentity, HostIdentity, OperatorIdentity};
+use whimbrel_pki::files::{ControllerIdentity, HostIdentity, MonitorIdentity, OperatorIdentity};
 use whimbrel_pki::identity::agent_dns_name;
 use whimbrel_pki::tls::{self, Credentials};
 
@@ -96,6 +96,54 @@ fn nobody_else_may_call() {
             let foreign = ControllerIdentity::issue(&stranger).unwrap();
             let refused = client(&place, &foreign.client()).host().await.unwrap_err();
             assert_eq!(refused.code, ErrorCode::Unreachable);
+        });
+    });
+}
+
+#[test]
+fn a_monitor_reads_metrics_and_nothing_else() {
+    in_namespace(|| {
+        let place = Place::with_fake();
+        serve(&place, async || {
+            let get = async |credentials: &Credentials, path: &str| {
+                let http = reqwest::Client::builder()
+                    .tls_backend_preconfigured(tls::client_config(credentials).unwrap())
+                    .resolve(&agent_dns_name("a"), place.config.listen)
+                    .no_proxy()
+                    .build()
+                    .unwrap();
+                let port = place.config.listen.port();
+                let url = format!("https://{}:{port}{path}", agent_dns_name("a"));
+                let answer = http.get(url).send().await.unwrap();
+                (answer.status().as_u16(), answer.text().await.unwrap())
+            };
+            controller(&place).put_storage(&place.storage()).await.unwrap();
+            controller(&place).put_vm(&definition()).await.unwrap();
+            let monitor = MonitorIdentity::issue(&place.pool.authority, "prometheus").unwrap();
+            let (status, text) = get(&monitor.client(), "/metrics").await;
+            assert_eq!(status, 200, "{text}");
+            let value = |series: &str| -> f64 {
+                let line = text.lines().find_map(|line| line.strip_prefix(series));
+                line.expect(series).trim().parse().unwrap()
+            };
+            assert_eq!(value("whimbrel_agent_vms{state=\"stopped\"}"), 1.0);
+            assert_eq!(value("whimbrel_agent_qemu_processes"), 0.0);
+            assert_eq!(value("whimbrel_agent_ledger_answers"), 1.0);
+            assert!(value("whimbrel_agent_certificate_days_left") > 300.0);
+            // The storage and the VM were written; what was only read is not counted.
+            let writes = value("whimbrel_agent_ledger_write_seconds_count");
+            assert!((2.0..20.0).contains(&writes), "{text}");
+
+            for path in ["/v1/host", "/v1/vms"] {
+                let (status, text) = get(&monitor.client(), path).await;
+                assert!(status == 403 && text.contains("monitor prometheus"), "{status} {text}");
+            }
+            let operator = OperatorIdentity::issue(&place.pool.authority, "ann").unwrap();
+            let agent = HostIdentity::issue(&place.pool.authority, "b").unwrap();
+            let owner = place.pool.controller.client();
+            for other in [operator.client(), agent.client(), owner] {
+                assert_eq!(get(&other, "/metrics").await.0, 403);
+            }
         });
     });
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use whimbrel_agent::host::Host;
 use whimbrel_agent::ledger::Resource;
-use whimbrel_agent::{sweep, vm};
+use whimbrel_agent::{metrics, sweep, vm};
 use whimbrel_api::VmId;
 use whimbrel_api::pool::Network;
 use whimbrel_api::vm::{VmAction, VmDefinition, VmState};
@@ -14,6 +14,11 @@ use crate::place::{Place, definition, eventually, in_namespace, running, start, 
 
 async fn sweep(host: &Arc<Host>) {
     sweep::once(host, &mut HashSet::new()).await.unwrap();
+}
+
+async fn left_by_metrics(host: &Arc<Host>) -> Option<String> {
+    let text = metrics::scrape(host).await.text();
+    text.lines().find_map(|line| line.strip_prefix("whimbrel_agent_sweep_left ").map(str::to_owned))
 }
 
 /// A second VM beside that of [`definition`].
@@ -58,9 +63,11 @@ fn a_qemu_that_was_not_ended_keeps_what_it_has_until_it_is() {
                 if point.is_empty() {
                     sweep(&host).await;
                     assert_eq!((place.run_folders(), place.processes()), (run, pid));
+                    assert_eq!(left_by_metrics(&host).await.as_deref(), Some("1"));
                 }
                 place.failpoints("");
                 sweep(&host).await;
+                assert_eq!(left_by_metrics(&host).await.as_deref(), Some("0"));
                 place.assert_clean(&host).await;
             }
             start(&host, id).await;
