@@ -253,16 +253,25 @@ async fn read_line(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, Ses
     }
 }
 
+/// Writes until the session is over, whoever ended it: QEMU has one session at a time, and greets nobody else while any
+/// half of this one is open.
 async fn write_all(
     mut write_half: OwnedWriteHalf,
     mut lines: mpsc::Receiver<Line>,
     shared: Arc<Shared>,
 ) {
-    while let Some(line) = lines.recv().await {
-        if let Err(error) = write_line(&mut write_half, line).await {
-            shared.finish(SessionEnd::Write(Arc::new(error)));
-            return;
+    let mut end = shared.end.subscribe();
+    let written = async {
+        while let Some(line) = lines.recv().await {
+            if let Err(error) = write_line(&mut write_half, line).await {
+                shared.finish(SessionEnd::Write(Arc::new(error)));
+                return;
+            }
         }
+    };
+    tokio::select! {
+        () = written => {}
+        _ = end.wait_for(Option::is_some) => {}
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 use super::*;
 use crate::event::{EventError, EventKind};
@@ -200,7 +200,13 @@ async fn unusable_lines_end_the_session_and_are_named() {
         });
         let end = qmp.wait_ended().await;
         assert!(expected(&end), "{end:?}");
-        drop(saying.await);
+        let mut peer = saying.await.unwrap();
+        // While a handle lives, too: QEMU would greet nobody else.
+        let mut rest = Vec::new();
+        let closed =
+            tokio::time::timeout(Duration::from_secs(5), peer.stream.read_to_end(&mut rest)).await;
+        assert!(closed.is_ok(), "the session is over, and its socket is open");
+        drop(qmp);
     }
 }
 
