@@ -1,4 +1,4 @@
-//! `whimbrel pool`: makes a pool, lets hosts join it, and renews operators' files.
+//! `whimbrel pool`: makes a pool, lets hosts join it, renews operators' files, and lets monitors read metrics.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use whimbrel_api::Name;
 use whimbrel_api::pool::NewJoinToken;
-use whimbrel_controller::{InitError, PoolInit, pool_init, renew_operator};
+use whimbrel_controller::{InitError, PoolInit, make_monitor, pool_init, renew_operator};
 
 use crate::command::Options;
 use crate::controller::DIR_DEFAULT;
 use crate::failure::{Exit, Failure};
 use crate::{output, values, words};
 
-/// Make a pool, let hosts join it, renew operators' files
+/// Make a pool, let hosts join it, renew operators' files, let monitors in
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
 Examples:
@@ -31,6 +31,7 @@ Examples:
   whimbrel pool join-token --minutes 60 > token")]
     JoinToken(NewToken),
     Renew(Renew),
+    Monitor(Monitor),
 }
 
 /// Make a pool: its certificate authority, its controller's settings, its first operator's file
@@ -75,6 +76,26 @@ pub(crate) struct Renew {
     file: Option<PathBuf>,
 }
 
+/// Make the certificate with which Prometheus reads metrics, on the controller's machine
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Who has it may read the metrics of the controller and of every agent, and nothing else. Repeated, it makes a new key and a new \
+certificate: Prometheus reads the files anew. docs/operating.md has the settings for Prometheus.
+
+Examples:
+  whimbrel pool monitor prometheus --out /etc/prometheus/whimbrel")]
+pub(crate) struct Monitor {
+    /// A name for who reads
+    #[arg(value_parser = values::name)]
+    name: Name,
+    /// The folder for ca.pem, monitor.pem and monitor.key; made if missing
+    #[arg(long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// The pool's folder
+    #[arg(long, value_name = "FOLDER", default_value = DIR_DEFAULT)]
+    dir: PathBuf,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct NewToken {
     /// How long it can be used, in minutes; up to a day
@@ -87,6 +108,7 @@ impl Pool {
         match self {
             Self::Init(command) => command.run(options),
             Self::Renew(command) => command.run(options),
+            Self::Monitor(command) => command.run(options),
             Self::JoinToken(NewToken { minutes }) => {
                 let request = NewJoinToken { ttl_seconds: minutes * 60 };
                 let token = options.pool()?.new_join_token(&request).await?;
@@ -115,6 +137,23 @@ impl Renew {
         }
         let (client, operator) = (renewed.client.display(), renewed.operator);
         output::line(&format!("{client}: operator {operator}, until {}", words::moment(expires)))
+    }
+}
+
+impl Monitor {
+    fn run(self, options: &Options) -> Result<(), Failure> {
+        let made = make_monitor(&self.dir, &self.name, &self.out);
+        let made = made.map_err(|error| Failure::because("no certificate was made", &error))?;
+        let expires = jiff::Timestamp::try_from(made.expires);
+        let expires = expires
+            .map_err(|error| Failure::because("the certificate's end is out of range", &error))?;
+        if options.json {
+            return output::json(&serde_json::json!({
+                "name": self.name, "folder": self.out, "expires": expires,
+            }));
+        }
+        let (folder, name) = (self.out.display(), self.name);
+        output::line(&format!("{folder}: monitor {name}, until {}", words::moment(expires)))
     }
 }
 

@@ -67,7 +67,35 @@ fn bad_input_is_told_before_anybody_is_asked() {
         (&["migrate", "web01", "host-b", "--bandwidth", "1Mb/s"], "bad-request"),
         (&["migrate", "web01", "host-b", "--max-downtime", "0"], "out-of-range"),
         (&["migrate", "web01", "host-b", "--max-downtime", "2000001"], "out-of-range"),
+        (&["migrate", "web01", "host-b", "--max-downtime", "-5"], "out-of-range"),
+        (&["migrate", "web01", "host-b", "--parallel-connections", "1000000"], "out-of-range"),
+        (&["migrate", "web01", "host-b", "--timeout", "1"], "out-of-range"),
+        (&["migrate", "web01", "host-b", "--live", "--offline"], "bad-request"),
+        (&["migrate", "web01", "host-b", "--comp-methods", "zstd"], "bad-request"),
+        (&["plan", "web01", "--all", "host-b"], "usage"),
+        (&["plan", "web01", "--probe-rate", "NaN"], "out-of-range"),
+        (&["plan", "web01", "--bandwidth", "0"], "out-of-range"),
         (&["migration", "show", "web01"], "bad-name"),
+        (&["migration", "set", NO_ID], "bad-request"),
+        (&["migration", "set", NO_ID, "--bandwidth", "0"], "out-of-range"),
+        (&["migration", "set", NO_ID, "--max-downtime", "9223372036854775808"], "out-of-range"),
+        (&["migration", "postcopy", "web01"], "bad-name"),
+        (&["policy", "set", "web01"], "usage"),
+        (&["policy", "set", "web01", "x", "--pool", "y"], "usage"),
+        (&["policy", "unset"], "usage"),
+        (&["policy", "create", "Mine", "--max-downtime", "50"], "bad-name"),
+        (&["policy", "create", "mine"], "usage"),
+        (&["policy", "create", "mine", "--max-downtime", "0"], "out-of-range"),
+        (
+            &["policy", "create", "mine", "--max-downtime", "50", "--postcopy", "perhaps"],
+            "bad-request",
+        ),
+        (&["policy", "create", "mine", "--max-downtime", "50", "--max-total", "0"], "out-of-range"),
+        (&["vm", "dirty-rate", "web01", "--seconds", "0"], "out-of-range"),
+        (&["vm", "dirty-rate", "web01", "--seconds", "NaN"], "out-of-range"),
+        (&["vm", "dirty-rate", "web01", "--mode", "guess"], "bad-request"),
+        (&["vm", "save", "web01", "shared/../x"], "bad-path"),
+        (&["vm", "restore", "web01", "nothing"], "bad-path"),
         (&["vm", "create", "-f", "/nonexistent/vm.toml"], "bad-path"),
         (&["vm", "create", "-f", "/dev/zero"], "too-large"),
         (&["vm", "create", "web01"], "usage"),
@@ -215,6 +243,23 @@ fn a_pool_is_made_once() {
     let dir = pool.dir();
     let again = [&again[..], &[dir.to_str().unwrap()]].concat();
     assert_eq!(refusal(&again), (3, "exists".to_owned()));
+}
+
+#[test]
+fn a_monitor_is_let_in_by_its_folder() {
+    let pool = Pool::init();
+    let (dir, out) = (pool.dir(), pool.folder.path().join("monitor"));
+    let (dir, out) = (dir.to_str().unwrap(), out.to_str().unwrap());
+    for _ in 0..2 {
+        let made = whimbrel(&["pool", "monitor", "prometheus", "--out", out, "--dir", dir]);
+        assert!(made.status.success(), "{}", text(&made.stderr));
+        assert!(text(&made.stdout).contains("monitor prometheus, until"), "{}", text(&made.stdout));
+    }
+    for file in ["ca.pem", "monitor.pem", "monitor.key"] {
+        assert!(std::path::Path::new(out).join(file).exists(), "{file}");
+    }
+    let nowhere = ["pool", "monitor", "prometheus", "--out", out, "--dir", "/nowhere"];
+    assert_eq!(refusal(&nowhere), (1, "failed".to_owned()));
 }
 
 #[test]
