@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use whimbrel_api::Name;
 
+use crate::sources::AllowedSource;
+
 /// Largest configuration file that is read, in bytes.
 pub const CONFIG_BYTES_MAX: u64 = 64 << 10;
 /// The ports that QEMU listens on for a stream, unless told otherwise: libvirt's range, which firewalls know.
@@ -19,6 +21,8 @@ pub const MIGRATION_PORTS: (u16, u16) = (49152, 49215);
 pub const QEMU_USER: (u32, u32) = (65534, 65534);
 /// Most QEMUs on one host.
 const ENGINES_MAX: usize = 16;
+/// Longest list of those who may send guests.
+const SOURCES_MAX: usize = 256;
 
 /// How an agent is set up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +45,10 @@ pub struct AgentConfig {
     /// First and last port that QEMU may listen on for a stream.
     #[serde(default = "default_migration_ports")]
     pub migration_ports: (u16, u16),
+    /// Who may send guests here: names of hosts, addresses (`192.0.2.11`), networks (`192.0.2.0/24`). Every host of the pool
+    /// where nothing is listed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub migration_sources: Vec<AllowedSource>,
     /// The unprivileged user and group, by number, that QEMU runs as; without it, `nobody` and the group that may use
     /// `/dev/kvm`. The user is to be the same on all hosts that share a storage.
     #[serde(default = "default_qemu_user")]
@@ -147,6 +155,7 @@ impl AgentConfig {
             advertise: None,
             migration_address: None,
             migration_ports: default_migration_ports(),
+            migration_sources: Vec::new(),
             qemu_user: default_qemu_user(),
             engines: default_engines(),
             accelerator: AcceleratorChoice::default(),
@@ -200,6 +209,9 @@ impl AgentConfig {
         let (first, last) = self.migration_ports;
         if first < 1024 || last < first {
             return wrong("migration_ports", "must be two rising ports from 1024 on");
+        }
+        if self.migration_sources.len() > SOURCES_MAX {
+            return wrong("migration_sources", &format!("must name at most {SOURCES_MAX}"));
         }
         if self.qemu_user.0 == 0 || self.qemu_user.1 == 0 {
             return wrong("qemu_user", "must not be root");

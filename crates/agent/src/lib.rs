@@ -22,6 +22,7 @@ pub mod measure;
 pub mod metrics;
 pub mod migrate;
 pub mod network;
+pub mod sources;
 pub mod storage;
 pub mod sweep;
 mod validate;

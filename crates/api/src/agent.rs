@@ -234,6 +234,11 @@ pub enum Reach {
         /// What the system said.
         why: String,
     },
+    /// The right host answers, and its list of those who may send guests has neither the source nor its address.
+    NotAllowed {
+        /// Why not.
+        why: String,
+    },
     /// Somebody answers, but the certificates do not fit.
     Untrusted {
         /// What is wrong with which.

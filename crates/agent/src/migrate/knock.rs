@@ -24,18 +24,24 @@ use whimbrel_pki::trouble::explain;
 
 use super::migration_ip;
 use crate::host::Host;
+use crate::sources;
 
 /// How long the destination waits for the knock, and the source for the answer, in seconds.
 const KNOCK_SECONDS: u64 = 4;
 /// What the destination says once it knows who knocks: with TLS 1.3 the source learns only by reading whether its own
 /// certificate was accepted.
 const WELCOME: &[u8] = b"whimbrel\n";
+/// What it says instead to one that may not send from where it is: as long.
+const FORBIDDEN: &[u8; WELCOME.len()] = b"not here\n";
 
 /// Opens a port of the migration range for one knock by `request.from`.
 pub(super) async fn listen(
     host: &Arc<Host>,
     request: KnockListen,
 ) -> Result<KnockAddress, ApiError> {
+    if !sources::may_ever_send(&host.config.migration_sources, &request.from) {
+        return Err(sources::refusal(&request.from));
+    }
     let ip = migration_ip(host, request.listen.as_deref()).await?;
     let mut bound = None;
     for port in host.config.migration_port_range() {
@@ -54,11 +60,18 @@ pub(super) async fn listen(
     let tls = qemu_server_config(&host.identity.qemu_server(), request.from.as_str()).map_err(
         |error| ApiError::internal("the certificates of this host cannot be used", &error),
     )?;
+    let (at, from) = (Arc::clone(host), request.from.clone());
     tokio::spawn(async move {
         let welcomed = timeout(Duration::from_secs(KNOCK_SECONDS), async {
-            let (stream, _) = listener.accept().await?;
+            let (stream, peer) = listener.accept().await?;
             drop(listener);
-            welcome(stream, TlsAcceptor::from(tls)).await
+            let may_send = sources::may_send(&at.config.migration_sources, &from, peer.ip());
+            let said = if may_send { WELCOME } else { FORBIDDEN };
+            welcome(stream, TlsAcceptor::from(tls), said).await?;
+            if may_send {
+                at.migrations.knocks.note(from, peer.ip());
+            }
+            Ok::<_, std::io::Error>(())
         });
         match welcomed.await {
             Ok(Ok(())) => {}
@@ -70,9 +83,10 @@ pub(super) async fn listen(
     Ok(KnockAddress { host: at, port })
 }
 
-async fn welcome(stream: TcpStream, acceptor: TlsAcceptor) -> std::io::Result<()> {
+/// The name is that of the certificate from here on.
+async fn welcome(stream: TcpStream, acceptor: TlsAcceptor, said: &[u8]) -> std::io::Result<()> {
     let mut stream = acceptor.accept(stream).await?;
-    stream.write_all(WELCOME).await?;
+    stream.write_all(said).await?;
     stream.shutdown().await
 }
 
@@ -106,6 +120,9 @@ pub(super) async fn knock(host: &Arc<Host>, request: KnockConnect) -> Result<Rea
     });
     Ok(match knocked.await {
         Ok(Ok(Ok(heard))) if heard == WELCOME => Reach::Open { address },
+        Ok(Ok(Ok(heard))) if heard == *FORBIDDEN => Reach::NotAllowed {
+            why: "the address that the guest would come from is not in its list".to_owned(),
+        },
         Ok(Ok(Ok(_))) => {
             Reach::Untrusted { why: format!("{address} does not speak as a Whimbrel host") }
         }

@@ -56,6 +56,7 @@ use whimbrel_qemu::migrate::Statistics;
 use self::source::samples::Samples;
 use crate::host::Host;
 use crate::ledger::{LedgerError, MigrationRow, Side};
+use crate::sources::Knocks;
 use crate::vm::RunningVm;
 use crate::vm::spawn::destroy;
 
@@ -75,6 +76,7 @@ const MIGRATIONS_MAX: usize = 1024;
 #[derive(Debug, Default)]
 pub struct Migrations {
     open: Mutex<Open>,
+    knocks: Knocks,
 }
 
 #[derive(Debug, Default)]
@@ -224,6 +226,7 @@ pub async fn prepare(
         (&request.source, &host.config.name),
     )?;
     if host.migrations.find_incoming(id).is_none() {
+        host.migrations.knocks.admit(&host.config.migration_sources, &request.source)?;
         begin_arrival(host, id, request)?;
     }
     let Some(mut incoming) = host.migrations.find_incoming(id) else {

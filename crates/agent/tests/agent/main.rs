@@ -14,5 +14,8 @@ mod place;
 mod postcopy;
 mod real;
 mod restarts;
+mod saved;
+mod sources;
 mod steering;
+mod stopped;
 mod vms;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use whimbrel_api::agent::{HostReport, KnockConnect, KnockListen, Mobility, Reach as Knocked};
 use whimbrel_api::client::AgentClient;
-use whimbrel_api::migration::{MigrateOptions, Mode};
+use whimbrel_api::migration::MigrateOptions;
 use whimbrel_api::policy::Policy;
 use whimbrel_api::vm::{Boot, VmDefinition, VmState};
 use whimbrel_api::{ApiError, ErrorCode, Name, Verdict};
@@ -104,18 +104,23 @@ async fn knock(
     to: &Name,
     options: &MigrateOptions,
 ) -> Reach {
-    if from == to || options.mode == Mode::Offline {
+    if from == to {
         return Reach::NotProbed;
     }
     let listen = KnockListen { from: from.clone(), listen: options.migrate_address.clone() };
-    let Ok(address) = destination.knock_listen(&listen).await else {
-        return Reach::NotProbed;
+    let address = match destination.knock_listen(&listen).await {
+        Ok(address) => address,
+        Err(error) if error.code == ErrorCode::NotAllowed => {
+            return Reach::NotAllowed { because: "it is not in its list".to_owned() };
+        }
+        Err(_) => return Reach::NotProbed,
     };
     let at = format!("{}:{}", address.host, address.port);
     let host = address.host.clone();
     match source.knock_connect(&KnockConnect { to: to.clone(), address }).await {
         Ok(Knocked::Open { .. }) => Reach::Reachable,
         Ok(Knocked::Unresolvable { why }) => Reach::Unresolvable { host, because: why },
+        Ok(Knocked::NotAllowed { why }) => Reach::NotAllowed { because: why },
         Ok(Knocked::Closed { why }) => Reach::PortClosed { address: at, because: why },
         Ok(Knocked::Untrusted { why }) => Reach::TlsFailed { address: at, because: why },
         Err(_) => Reach::NotProbed,

@@ -255,6 +255,11 @@ pub enum Reach {
         /// What the connection attempt said.
         because: String,
     },
+    /// The destination's list of those who may send guests there has neither the source nor its address.
+    NotAllowed {
+        /// What is not in the list.
+        because: String,
+    },
     /// Something answered, but it is not the destination, or does not accept the source.
     TlsFailed {
         /// Address and port that were tried.

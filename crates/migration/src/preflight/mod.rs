@@ -115,6 +115,8 @@ codes! {
     PortClosed = "port-closed",
     /// What answers there is not the destination, or does not trust the source.
     TlsFailed = "tls-failed",
+    /// The destination takes no guests from this source.
+    SourceNotAllowed = "source-not-allowed",
     /// Whether the source reaches the destination was not tried.
     AddressNotProbed = "address-not-probed",
     /// Only a stopped VM can be moved offline.
@@ -194,9 +196,9 @@ pub fn check(question: &Question) -> Vec<Verdict> {
     }
     verdicts.extend(networks(vm, destination));
     verdicts.extend(files(vm, source, destination, shared_storages));
-    if live {
-        verdicts.extend(reachability(source, &destination.name, reach));
-    }
+    let reachable = reachability(source, &destination.name, reach);
+    // A definition goes from agent to agent: whether a guest would get through is of no matter.
+    verdicts.extend(reachable.filter(|found| live || found.code == Code::SourceNotAllowed));
     verdicts
 }
 
@@ -480,6 +482,13 @@ fn reachability(source: &Name, host: &Name, reach: &Reach) -> Option<Verdict> {
             Code::PortClosed,
             format!("Host {source} cannot connect to host {host} at {address}: {because}."),
             format!("See that the agent of {host} is running and that no firewall is in between."),
+        )),
+        Reach::NotAllowed { because } => Some(refuse(
+            Code::SourceNotAllowed,
+            format!("Host {host} takes no VMs from host {source}: {because}."),
+            format!(
+                "Add {source} or its address to `migration_sources` on {host}, and restart its agent."
+            ),
         )),
         Reach::TlsFailed { address, because } => Some(refuse(
             Code::TlsFailed,
