@@ -11,14 +11,15 @@ use whimbrel_api::client::PoolClient;
 
 use crate::failure::Failure;
 use crate::{
-    agent, connect, controller, demo, host, lab, migrate, migration, network, pool, runtime,
-    storage, vm,
+    agent, connect, controller, demo, host, lab, migrate, migration, network, plan, policy, pool,
+    runtime, storage, vm,
 };
 
 const AFTER_HELP: &str = "\
 Examples:
   whimbrel lab up                          three hosts on this machine, to try it all
   whimbrel vm list                         what runs where
+  whimbrel plan web01                      what moving it would take, and where to
   whimbrel migrate web01 host-b            moves a running VM
   whimbrel migrate web01 host-b --json     the same, for a script
 
@@ -86,9 +87,12 @@ impl Options {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Move a running VM to another host
-    Migrate(migrate::Migrate),
+    Migrate(Box<migrate::Migrate>),
+    Plan(Box<plan::Plan>),
     #[command(subcommand)]
     Migration(migration::Migration),
+    #[command(subcommand)]
+    Policy(policy::Policy),
     #[command(subcommand)]
     Vm(vm::Vm),
     #[command(subcommand)]
@@ -111,6 +115,8 @@ pub(crate) fn run(command: Command, options: &Options) -> Result<ExitCode, Failu
     let done = |()| ExitCode::SUCCESS;
     match command {
         Command::Migrate(command) => runtime::block_on(command.run(options)).map(done),
+        Command::Plan(command) => runtime::block_on(command.run(options)).map(done),
+        Command::Policy(command) => runtime::block_on(command.run(options)).map(done),
         Command::Migration(command) => runtime::block_on(command.run(options)).map(done),
         Command::Vm(command) => runtime::block_on(command.run(options)).map(done),
         Command::Host(command) => runtime::block_on(command.run(options)).map(done),

@@ -78,6 +78,11 @@ impl Failure {
         Self::new(Exit::Usage, code, message)
     }
 
+    /// It would not be begun.
+    pub(crate) fn refused(code: &str, message: impl Into<String>) -> Self {
+        Self::new(Exit::Refused, code, message)
+    }
+
     /// Whether it came about is not known.
     pub(crate) fn unknown(code: &str, message: impl Into<String>) -> Self {
         Self::new(Exit::Unknown, code, message)

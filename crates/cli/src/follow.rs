@@ -1,17 +1,24 @@
-//! A migration followed to its end: the watch, opened again when it is lost; Ctrl-C; and the words about the end.
+//! A migration followed to its end: the watch, opened again when it is lost; and the words about the end. Ctrl-C is in
+//! [`interrupts`], the figures are in [`figures`].
+
+mod figures;
+mod interrupts;
 
 use std::time::Duration;
 
 use serde::Serialize;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout};
 use whimbrel_api::client::PoolClient;
-use whimbrel_api::migration::{Migration, MigrationState, Stay};
-use whimbrel_api::vm::Bytes;
+use whimbrel_api::migration::{
+    Forecast, Migration, MigrationState, PostcopyReport, Stay, Strategy,
+};
 use whimbrel_api::{ApiError, Downtime, ErrorCode, MigrationId, Name, Phase};
 
+pub(crate) use self::figures::{arrival_ms, downtime_parts, figures, postcopy_text};
+pub(crate) use self::interrupts::Interrupts;
+use self::interrupts::{Answers, Next, Wish, can_ask};
 use crate::failure::{Exit, Failure};
-use crate::progress::Progress;
+use crate::progress::{Progress, Voice};
 use crate::{output, words};
 
 /// A watch that brings nothing for this long counts as lost, in seconds.
@@ -21,51 +28,7 @@ const LOST_SECONDS_MAX: u64 = 60;
 /// Pause before a lost watch is opened again, in milliseconds.
 const REOPEN_PAUSE_MS: u64 = 500;
 
-/// Ctrl-C, counted.
-pub(crate) struct Interrupts {
-    signal: Signal,
-    /// What else means "end", for who has something to take down.
-    ends: Option<(Signal, Signal)>,
-    presses: u32,
-}
-
-impl Interrupts {
-    /// From now on Ctrl-C is counted and does not end the process.
-    pub(crate) fn catch() -> Result<Self, Failure> {
-        Ok(Self { signal: caught(SignalKind::interrupt())?, ends: None, presses: 0 })
-    }
-
-    /// The same, and a request to terminate or a closed terminal count as Ctrl-C.
-    pub(crate) fn catch_all() -> Result<Self, Failure> {
-        let ends = (caught(SignalKind::terminate())?, caught(SignalKind::hangup())?);
-        Ok(Self { ends: Some(ends), ..Self::catch()? })
-    }
-
-    /// Waits for the next one; says which it is.
-    pub(crate) async fn next(&mut self) -> u32 {
-        match &mut self.ends {
-            None => self.signal.recv().await,
-            Some((terminate, hangup)) => tokio::select! {
-                got = self.signal.recv() => got,
-                got = terminate.recv() => got,
-                got = hangup.recv() => got,
-            },
-        };
-        self.presses += 1;
-        self.presses
-    }
-
-    /// Whether there has been one.
-    pub(crate) fn any(&self) -> bool {
-        self.presses > 0
-    }
-}
-
-fn caught(kind: SignalKind) -> Result<Signal, Failure> {
-    signal(kind).map_err(|error| Failure::because("cannot catch Ctrl-C", &error))
-}
-
-/// Follows a migration from `record` on. The first Ctrl-C cancels it, the second one leaves it running.
+/// Follows a migration from `record` on. Ctrl-C asks where it can, then cancels, then leaves it running.
 pub(crate) async fn to_the_end(
     pool: &PoolClient,
     record: Migration,
@@ -73,41 +36,56 @@ pub(crate) async fn to_the_end(
     interrupts: &mut Interrupts,
 ) -> Result<Migration, Failure> {
     let id = record.id;
-    let mut cancelled = interrupts.any();
-    if cancelled {
-        cancel(pool, id).await;
-    }
+    let vm = record.vm_name.clone();
+    let mut wish = Wish::None { can_ask: can_ask(progress.is_json()) };
+    let mut answers = Answers::none();
+    let voice = progress.voice();
     let watching = watch(pool, record, progress);
     tokio::pin!(watching);
+    // Pressed before the migration was admitted.
+    let mut next = if interrupts.any() { wish.interrupted() } else { Next::Follow };
     loop {
-        tokio::select! {
-            end = &mut watching => return end,
-            _ = interrupts.next() => {
-                if cancelled {
-                    return Err(Failure::interrupted("left; the migration goes on")
-                        .hint(format!("`whimbrel migration watch {id}` follows it"))
-                        .with_facts(open_end("running", id)));
-                }
-                cancelled = true;
+        match next {
+            Next::Follow => {}
+            Next::Ask => {
+                answers.read();
+                voice.say(&format!(
+                    "cancel the migration of {vm}? y: yes, d: leave it running, else it goes on; Ctrl-C again cancels"
+                ));
+            }
+            Next::Cancel => {
+                interrupts.note_cancel();
                 tokio::select! {
-                    () = cancel(pool, id) => {}
+                    () = cancel(pool, id, &voice) => {}
                     // Its end may come before the cancel's answer.
                     end = &mut watching => return end,
                 }
             }
+            Next::Leave => return Err(left(id)),
         }
+        next = tokio::select! {
+            end = &mut watching => return end,
+            _ = interrupts.next() => wish.interrupted(),
+            answer = answers.next() => wish.answered(&answer),
+        };
     }
 }
 
-async fn cancel(pool: &PoolClient, id: MigrationId) {
+fn left(id: MigrationId) -> Failure {
+    Failure::interrupted("left; the migration goes on")
+        .hint(format!("`whimbrel migration watch {id}` follows it"))
+        .with_facts(open_end("running", id))
+}
+
+async fn cancel(pool: &PoolClient, id: MigrationId, voice: &Voice) {
     match pool.cancel_migration(id).await {
-        Ok(_) => output::note("cancelling; Ctrl-C again leaves the migration running"),
+        Ok(_) => voice.say("cancelling; Ctrl-C again leaves the migration running"),
         Err(error) if error.code == ErrorCode::HandedOver => {
-            output::note(
+            voice.say(
                 "the guest has been handed over and can no longer be called back; waiting for the end",
             );
         }
-        Err(error) => Failure::from(error).lines().iter().for_each(|line| output::note(line)),
+        Err(error) => Failure::from(error).lines().iter().for_each(|line| voice.say(line)),
     }
 }
 
@@ -195,6 +173,12 @@ pub(crate) struct End<'a> {
     bytes: Option<u64>,
     rate_bits_per_s: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    forecast: Option<&'a Forecast>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    strategy: Option<&'a Strategy>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    postcopy: Option<&'a PostcopyReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<&'a Stay>,
     leftovers: &'a [String],
 }
@@ -224,6 +208,9 @@ impl<'a> End<'a> {
             downtime: record.downtime,
             bytes: record.progress.as_ref().map(|progress| progress.transferred_bytes),
             rate_bits_per_s: record.progress.as_ref().map(|progress| progress.bits_per_s),
+            forecast: record.forecast.as_ref(),
+            strategy: record.strategy.as_ref(),
+            postcopy: record.postcopy.as_ref(),
             why,
             leftovers: &record.leftovers,
         }
@@ -305,6 +292,12 @@ pub(crate) fn outcome_sentence(record: &Migration) -> String {
         MigrationState::Running => format!("{vm} is on its way from {source} to {destination}"),
         MigrationState::Moved => format!("{vm} has moved from {source} to {destination}"),
         MigrationState::Refused => format!("{vm} cannot move to {destination}; nothing was begun"),
+        // Who does not answer is the source itself: what it has given away nobody else knows.
+        MigrationState::Unresolved { ask } if ask == source => {
+            format!(
+                "{source} does not answer, so whether {vm} runs there, stands still or is on {destination} is not known; it is asked on"
+            )
+        }
         MigrationState::Unresolved { ask } => {
             format!(
                 "{vm} was given to {destination}, which has not confirmed: it stands still until {ask} answers"
@@ -325,43 +318,4 @@ pub(crate) fn outcome_sentence(record: &Migration) -> String {
             }
         },
     }
-}
-
-/// The figures of a migration, as far as there are any.
-pub(crate) fn figures(record: &Migration) -> Vec<(&'static str, String)> {
-    let mut figures = Vec::new();
-    if let Some(total_ms) = record.total_ms {
-        figures.push(("total", words::duration(total_ms as f64)));
-    }
-    if let Some(downtime) = &record.downtime {
-        figures.push(("downtime", downtime_text(downtime)));
-    }
-    if let Some(progress) = &record.progress {
-        let passes = if progress.passes == 1 { "pass" } else { "passes" };
-        let sent = format!(
-            "{} in {} {passes}, at {}",
-            Bytes(progress.transferred_bytes),
-            progress.passes,
-            words::bit_rate(progress.bits_per_s)
-        );
-        figures.push(("sent", sent));
-    }
-    figures.extend(record.leftovers.iter().map(|leftover| ("left over", leftover.clone())));
-    figures
-}
-
-fn downtime_text(downtime: &Downtime) -> String {
-    let parts = [
-        ("last pass", downtime.stop_to_completed_us),
-        ("loaded", downtime.loaded_confirm_us),
-        ("release", downtime.release_us),
-        ("go", downtime.go_us),
-        ("rest", downtime.unnamed_us()),
-    ];
-    let named: Vec<String> = parts
-        .iter()
-        .filter(|(name, us)| *us > 0 || *name != "rest")
-        .map(|(name, us)| format!("{name} {:.1}", words::ms_of_us(*us)))
-        .collect();
-    format!("{} ({})", words::duration(words::ms_of_us(downtime.total_us)), named.join(" + "))
 }

@@ -15,6 +15,8 @@ mod migrate;
 mod migration;
 mod network;
 mod output;
+mod plan;
+mod policy;
 mod pool;
 mod progress;
 mod runtime;

@@ -1,13 +1,16 @@
 //! `whimbrel migrate`: asks for a migration, shows it to its end, and says what happened.
 //!
 //! The migration's id is made here, so that asking again after a lost answer is the same request. What follows is
-//! [`follow`]'s, whose words `migration watch` shares.
+//! [`follow`]'s, whose words `migration watch` shares. The many options are in [`options`].
+
+pub(crate) mod options;
+pub(crate) mod problems;
 
 use std::time::Duration;
 
 use clap::Args;
 use whimbrel_api::client::PoolClient;
-use whimbrel_api::migration::{MigrateOptions, MigrateRequest, Migration};
+use whimbrel_api::migration::{MigrateRequest, Migration};
 use whimbrel_api::{ApiError, MigrationId, Name};
 
 use crate::command::Options;
@@ -24,19 +27,23 @@ const ASK_PAUSE_MS: u64 = 250;
 /// Move a running VM to another host
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The guest runs on while its memory is copied, stands still for some milliseconds, and goes on at the destination. \
-Whatever fails before the handoff leaves it running where it is. All reasons against a move are told at once, before \
-anything is begun.
+Without options the way is chosen from measurements within the policy that applies, and watched: `whimbrel plan` tells it \
+beforehand, `whimbrel migration show` afterwards, with the reasons. Whatever fails before the handoff leaves the guest running \
+where it is. All reasons against a move are told at once, before anything is begun.
 
-Ctrl-C cancels the migration and waits for its end; once the guest has been handed over, it can no longer be cancelled. \
-A second Ctrl-C leaves the migration running.
+Ctrl-C asks once whether to cancel: y cancels, d leaves it running and returns, anything else goes on; Ctrl-C again cancels. \
+Where there is no terminal to ask at, or with --json, the first one cancels. Cancelled, the command waits for the end; one more \
+Ctrl-C leaves without it. Once the guest has been handed over, it can no longer be cancelled.
 
 With --json, lines of progress are followed by one with the end: outcome (moved, stayed, refused, unresolved), total_ms, \
-downtime_ms, bytes, migration and more. Exit codes are listed by `whimbrel --help`.
+downtime_ms, bytes, forecast, migration and more. Exit codes are listed by `whimbrel --help`.
 
 Examples:
   whimbrel migrate web01 host-b
   whimbrel migrate web01 host-b --max-downtime 50 --bandwidth 1gbit
+  whimbrel migrate web01 host-b --parallel --parallel-connections 4 --compressed --comp-methods zstd
+  whimbrel migrate web01 host-b --postcopy --timeout 60 --timeout-postcopy
+  whimbrel migrate web01 host-b --policy must-finish
   whimbrel migrate web01 host-b --detach          returns at once; see `whimbrel migration watch`
   whimbrel migrate web01 host-b --json | tail -n 1 | jq .downtime_ms")]
 pub(crate) struct Migrate {
@@ -46,41 +53,30 @@ pub(crate) struct Migrate {
     /// The destination
     #[arg(value_parser = values::name)]
     host: Name,
-    /// Move it while it runs: what is done anyway (for those who know virsh)
-    #[arg(long)]
-    live: bool,
-    /// The longest pause of the guest to aim at, in milliseconds; 300 without it
-    #[arg(long, value_name = "MS", value_parser = values::downtime_ms)]
-    max_downtime: Option<u64>,
-    /// The most to send a second: 500MiB/s, 1gbit, or a number of bytes; unlimited without it
-    #[arg(long, value_name = "RATE", value_parser = values::rate)]
-    bandwidth: Option<u64>,
     /// Return as soon as the migration has been admitted
     #[arg(long)]
     detach: bool,
+    #[command(flatten)]
+    pub(crate) options: options::MoveOptions,
 }
 
 impl Migrate {
     pub(crate) async fn run(self, options: &Options) -> Result<(), Failure> {
-        let pool = options.pool()?;
-        let mut interrupts = Interrupts::catch()?;
         let request = MigrateRequest {
             id: MigrationId::new(),
             vm: self.vm,
             destination: self.host,
-            options: MigrateOptions {
-                max_downtime_ms: self.max_downtime,
-                bandwidth_bytes_per_s: self.bandwidth,
-                ..MigrateOptions::default()
-            },
+            options: self.options.read()?,
         };
+        let pool = options.pool()?;
+        let mut interrupts = Interrupts::catch()?;
         let admitted = admit(&pool, &request, &mut interrupts).await?;
         if self.detach {
             return told_detached(options, &admitted);
         }
         let mut progress = Progress::new(options.json);
         let end = follow::to_the_end(&pool, admitted, &mut progress, &mut interrupts).await?;
-        follow::conclude(options.json, &end, interrupts.any())
+        follow::conclude(options.json, &end, interrupts.cancelled())
     }
 }
 

@@ -2,11 +2,14 @@
 //! asked, with the same codes that the controller would answer with.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 
+use whimbrel_api::measure::{DIRTY_RATE_MS_MAX, DIRTY_RATE_MS_MIN};
+use whimbrel_api::migration::CompressionMethod;
 use whimbrel_api::migration::limits::{
     BANDWIDTH_MAX_BYTES_PER_S, BANDWIDTH_MIN_BYTES_PER_S, MAX_DOWNTIME_MAX_MS,
 };
-use whimbrel_api::vm::Bytes;
+use whimbrel_api::vm::{Bytes, StoragePath};
 use whimbrel_api::{ErrorCode, MigrationId, Name, VmId};
 
 /// Why a value is none, with the code that machines read.
@@ -29,6 +32,17 @@ impl BadValue {
     pub(crate) fn bad(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::BadRequest, message)
     }
+}
+
+/// A value as it was given: what it is, or why it is none. Who takes it judges it together with others.
+#[derive(Debug, Clone)]
+pub(crate) struct Given<T>(pub(crate) Result<T, BadValue>);
+
+/// Reads by `read`, and lets what is none pass.
+pub(crate) fn given<T>(
+    read: fn(&str) -> Result<T, BadValue>,
+) -> impl Fn(&str) -> Result<Given<T>, Infallible> + Clone {
+    move |text| Ok(Given(read(text)))
 }
 
 /// A name.
@@ -58,6 +72,48 @@ pub(crate) fn downtime_ms(text: &str) -> Result<u64, BadValue> {
     let rule = || BadValue::out_of_range(format!("write 1 to {MAX_DOWNTIME_MAX_MS} milliseconds"));
     let ms = text.parse::<u64>().map_err(|_| rule())?;
     (1..=MAX_DOWNTIME_MAX_MS).contains(&ms).then_some(ms).ok_or_else(rule)
+}
+
+/// A whole number; its bounds are those of the option's rule.
+pub(crate) fn whole(text: &str) -> Result<u64, BadValue> {
+    text.parse::<u64>().map_err(|_| match is_number(text) {
+        true => BadValue::out_of_range(format!("{text} is out of range: write a whole number")),
+        false => BadValue::bad("write a whole number"),
+    })
+}
+
+/// Whether a text is a number of some kind, if not of ours.
+fn is_number(text: &str) -> bool {
+    text.parse::<f64>().is_ok()
+}
+
+/// How long to measure, in seconds; the result in milliseconds.
+pub(crate) fn measuring_ms(text: &str) -> Result<u64, BadValue> {
+    let (least, most) = (DIRTY_RATE_MS_MIN as f64, DIRTY_RATE_MS_MAX as f64);
+    let rule =
+        || BadValue::out_of_range(format!("write {} to {} seconds", least / 1e3, most / 1e3));
+    let ms = text.parse::<f64>().map_err(|_| rule())? * 1e3;
+    // What is no number is in no range.
+    if (least..=most).contains(&ms) { Ok(ms.round() as u64) } else { Err(rule()) }
+}
+
+/// A method of compression.
+pub(crate) fn compression(text: &str) -> Result<CompressionMethod, BadValue> {
+    let found = CompressionMethod::ALL.into_iter().find(|method| method.as_str() == text);
+    found.ok_or_else(|| BadValue::bad("a method is zlib, zstd or xbzrle"))
+}
+
+/// A size as a number of bytes.
+pub(crate) fn bytes(text: &str) -> Result<u64, BadValue> {
+    match size(text) {
+        Err(_) if is_number(text) => Err(BadValue::out_of_range("write a size such as 64MiB")),
+        read => read.map(|Bytes(bytes)| bytes),
+    }
+}
+
+/// A file in a storage.
+pub(crate) fn storage_path(text: &str) -> Result<StoragePath, BadValue> {
+    text.parse().map_err(|message: String| BadValue::new(ErrorCode::BadPath, message))
 }
 
 /// A size in bytes.
@@ -213,6 +269,27 @@ mod tests {
         for text in ["0", "2000001", "-1", "", "1.5", "300ms"] {
             assert_eq!(downtime_ms(text).unwrap_err().code, ErrorCode::OutOfRange, "{text}");
         }
+    }
+
+    #[test]
+    fn numbers_of_no_use_are_told_apart_from_words() {
+        assert_eq!(whole("18446744073709551615"), Ok(u64::MAX));
+        for text in ["-1", "NaN", "inf", "1.5", "1e3", "18446744073709551616"] {
+            assert_eq!(whole(text).unwrap_err().code, ErrorCode::OutOfRange, "{text}");
+        }
+        for text in ["", "ten", "0x10", "1 "] {
+            assert_eq!(whole(text).unwrap_err().code, ErrorCode::BadRequest, "{text}");
+        }
+        assert_eq!(measuring_ms("1"), Ok(1_000));
+        assert_eq!(measuring_ms("0.25"), Ok(250));
+        for text in ["0", "-1", "NaN", "inf", "60.1", "", "1s", "9223372036854775808"] {
+            assert_eq!(measuring_ms(text).unwrap_err().code, ErrorCode::OutOfRange, "{text}");
+        }
+        assert_eq!(bytes("64MiB"), Ok(64 << 20));
+        assert_eq!(bytes("-1").unwrap_err().code, ErrorCode::OutOfRange);
+        assert_eq!(bytes("much").unwrap_err().code, ErrorCode::BadRequest);
+        assert_eq!(compression("zstd"), Ok(CompressionMethod::Zstd));
+        assert_eq!(compression("mt").unwrap_err().code, ErrorCode::BadRequest);
     }
 
     #[test]

@@ -1,11 +1,14 @@
-//! `whimbrel vm`: virtual machines, one function a verb. Making one is in [`create`], its console in [`console`].
+//! `whimbrel vm`: virtual machines, one function a verb. Making one is in [`create`], its console in [`console`],
+//! measuring one in [`dirty_rate`].
 
 mod console;
 mod create;
+mod dirty_rate;
 
 use clap::Subcommand;
 use whimbrel_api::vm::{
-    Boot, Bytes, Disk, Firmware, Nic, StopRequest, Vm as VmRecord, VmAction, VmState,
+    Boot, Bytes, Disk, Firmware, Nic, StateFile, StopRequest, StoragePath, Vm as VmRecord,
+    VmAction, VmState,
 };
 
 use crate::command::Options;
@@ -72,6 +75,36 @@ Examples:
         #[arg(value_parser = values::vm)]
         vm: String,
     },
+    /// Save a VM's whole state, its memory included, to a file, and stop it
+    #[command(after_help = "\
+The file is made in a storage of the VM's host, and never overwrites one. From then on the VM can only be restored from it, not \
+started anew: its memory fits its disks as they are now.
+
+Examples:
+  whimbrel vm save web01 shared/saved/web01.state")]
+    Save {
+        /// Its name or id
+        #[arg(value_parser = values::vm)]
+        vm: String,
+        /// The file, as STORAGE/PATH
+        #[arg(value_parser = values::storage_path)]
+        file: StoragePath,
+    },
+    /// Let a stopped VM go on from a saved state
+    #[command(after_help = "\
+The file is removed once the guest runs: that memory never runs twice.
+
+Examples:
+  whimbrel vm restore web01 shared/saved/web01.state")]
+    Restore {
+        /// Its name or id
+        #[arg(value_parser = values::vm)]
+        vm: String,
+        /// The file, as STORAGE/PATH
+        #[arg(value_parser = values::storage_path)]
+        file: StoragePath,
+    },
+    DirtyRate(dirty_rate::DirtyRate),
     Console(console::ConsoleOf),
     /// Delete a stopped VM with its disks
     #[command(after_help = "Examples:\n  whimbrel vm delete web01")]
@@ -101,6 +134,13 @@ impl Vm {
             Self::Stop { vm, force } => {
                 told(options, &options.pool()?.stop_vm(&vm, &StopRequest { force }).await?)
             }
+            Self::Save { vm, file } => {
+                told(options, &options.pool()?.save_vm(&vm, &StateFile { file }).await?)
+            }
+            Self::Restore { vm, file } => {
+                told(options, &options.pool()?.restore_vm(&vm, &StateFile { file }).await?)
+            }
+            Self::DirtyRate(command) => command.run(options).await,
             Self::Console(command) => command.run(options).await,
             Self::Delete { vm } => {
                 options.pool()?.delete_vm(&vm).await?;
@@ -168,6 +208,7 @@ fn show(options: &Options, vm: &VmRecord) -> Result<(), Failure> {
     ];
     fields.extend(definition.disks.iter().map(|disk| ("disk", disk_text(disk))));
     fields.extend(definition.nics.iter().map(|nic| ("nic", nic_text(nic))));
+    fields.extend(definition.saved.iter().map(|saved| ("saved", saved.file.to_string())));
     output::fields(options.json, vm, &fields)
 }
 

@@ -1,16 +1,17 @@
-//! `migrate` and `migration watch` against an imitation of a controller that says what each test wants: lost answers, lost
-//! watches, Ctrl-C, and every way in which a migration can end.
+//! `migrate`, `migration watch` and what steers one, against an imitation of a controller that says what each test wants:
+//! lost answers, lost watches, Ctrl-C, every request's JSON, and every way in which a migration can end.
 
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
-use std::collections::VecDeque;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::collections::{HashMap, VecDeque};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
+use axum::body::Bytes;
 use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -34,6 +35,10 @@ struct Script {
     on_cancel: Option<Result<Value, Value>>,
     /// Every `POST /migrations`.
     asked: Vec<Value>,
+    /// Every other request: method, path, body.
+    calls: Vec<(String, String, Value)>,
+    /// Answers to these, by method and path; what is not here is answered with the record.
+    answers: HashMap<&'static str, Value>,
     /// Watches that were opened.
     watched: usize,
     cancels: usize,
@@ -65,6 +70,7 @@ impl Imitation {
             .route("/v1/migrations/{id}", get(record))
             .route("/v1/migrations/{id}/watch", get(watch))
             .route("/v1/migrations/{id}/cancel", post(cancel))
+            .fallback(call)
             .with_state(script.clone());
         let socket = std::os::unix::net::UnixListener::bind(dir.join("c.sock")).unwrap();
         socket.set_nonblocking(true).unwrap();
@@ -168,6 +174,16 @@ async fn cancel(State(script): State<Shared>, Path(_id): Path<String>) -> Respon
         None => (StatusCode::NOT_FOUND, Json(json!({"code": "not-found", "message": "m"})))
             .into_response(),
     }
+}
+
+/// Any other request: noted, and answered as the test says.
+async fn call(State(script): State<Shared>, method: Method, uri: Uri, body: Bytes) -> Json<Value> {
+    let mut script = script.lock().unwrap();
+    let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
+    let (method, path) = (method.to_string(), uri.path().trim_start_matches("/v1").to_owned());
+    let answer = script.answers.get(format!("{method} {path}").as_str()).cloned();
+    script.calls.push((method, path, body));
+    Json(answer.unwrap_or_else(|| merged(&script, precopy())))
 }
 
 /// The whole record of the migration that was asked for, in a state.
@@ -375,4 +391,222 @@ fn an_interrupted_watch_cancels_nothing() {
     running.interrupt();
     assert_eq!(running.end().0, 130);
     assert_eq!(imitation.script(|script| script.cancels), 0);
+}
+
+#[test]
+fn every_order_has_its_request() {
+    let vm = json!({
+        "id": VM, "name": "web01", "host": "host-a", "state": "stopped", "epoch": 1,
+        "definition": {"id": VM, "generation": 1, "name": "web01", "vcpus": 1, "memory_bytes": 1, "cpu": "c", "machine": "m",
+                       "boot": {"firmware": "seabios"}, "disks": [], "nics": []},
+    });
+    let rate =
+        json!({"calc_status": "measured", "calc_period_ms": 2000, "megabytes_per_second": 7});
+    let applied = json!({"policy": "must-finish", "origin": "vm"});
+    let policy = json!({"name": "nightly", "max_downtime_ms": 5000, "allow_static": "yes", "built_in": false});
+    let plan = json!({"vm": VM, "vm_name": "web01", "source": "host-a", "policy": applied, "destinations": []});
+    let answers = HashMap::from([
+        ("POST /vms/web01/save", vm.clone()),
+        ("POST /vms/web01/restore", vm),
+        ("POST /vms/web01/dirty-rate", rate),
+        ("PUT /vms/web01/policy", applied.clone()),
+        ("GET /vms/web01/policy", applied.clone()),
+        ("PUT /pool/policy", applied.clone()),
+        ("GET /pool/policy", applied),
+        ("PUT /policies/nightly", policy.clone()),
+        ("GET /policies/nightly", policy.clone()),
+        ("DELETE /policies/nightly", Value::Null),
+        ("GET /policies", json!([policy])),
+        ("POST /plans", plan),
+    ]);
+    let imitation = Imitation::start(Script { answers, ..Script::default() });
+    let state = json!({"file": "shared/saved/web01"});
+    let of = |order: &str| format!("/migrations/{VM}/{order}");
+    for (words, method, path, body) in [
+        (
+            format!(
+                "migration set {VM} --max-downtime 50 --bandwidth 1gbit --postcopy-bandwidth 1MiB"
+            ),
+            "PUT",
+            of("settings"),
+            json!({"max_downtime_ms": 50, "bandwidth_bytes_per_s": 125_000_000, "postcopy_bandwidth_bytes_per_s": 1_048_576}),
+        ),
+        (
+            format!("migration set {VM} --bandwidth 64KiB"),
+            "PUT",
+            of("settings"),
+            json!({"bandwidth_bytes_per_s": 65_536}),
+        ),
+        (format!("migration postcopy {VM}"), "POST", of("postcopy"), json!({})),
+        (format!("migration pause {VM}"), "POST", of("pause"), json!({})),
+        (format!("migration resume {VM}"), "POST", of("resume"), json!({})),
+        (format!("migration recover {VM}"), "POST", of("recover"), json!({})),
+        (format!("migration force-complete {VM}"), "POST", of("force-complete"), json!({})),
+        (
+            "vm save web01 shared/saved/web01".into(),
+            "POST",
+            "/vms/web01/save".into(),
+            state.clone(),
+        ),
+        ("vm restore web01 shared/saved/web01".into(), "POST", "/vms/web01/restore".into(), state),
+        (
+            "vm dirty-rate web01 --seconds 2 --mode dirty-bitmap".into(),
+            "POST",
+            "/vms/web01/dirty-rate".into(),
+            json!({"period_ms": 2000, "mode": "dirty-bitmap", "sample_pages": null}),
+        ),
+        ("plan web01".into(), "POST", "/plans".into(), json!({"vm": "web01", "options": {}})),
+        ("plan web01 --all".into(), "POST", "/plans".into(), json!({"vm": "web01", "options": {}})),
+        (
+            "plan web01 host-b host-c --fresh --probe-rate 1gbit --no-tls".into(),
+            "POST",
+            "/plans".into(),
+            json!({"vm": "web01", "destinations": ["host-b", "host-c"], "options": {"tls": false}, "fresh": true,
+                "probe_bytes_per_s": 125_000_000}),
+        ),
+        (
+            "policy set web01 must-finish".into(),
+            "PUT",
+            "/vms/web01/policy".into(),
+            json!({"policy": "must-finish"}),
+        ),
+        (
+            "policy set --pool must-finish".into(),
+            "PUT",
+            "/pool/policy".into(),
+            json!({"policy": "must-finish"}),
+        ),
+        ("policy unset web01".into(), "PUT", "/vms/web01/policy".into(), json!({})),
+        ("policy unset --pool".into(), "PUT", "/pool/policy".into(), json!({})),
+        ("policy which web01".into(), "GET", "/vms/web01/policy".into(), Value::Null),
+        ("policy which --pool".into(), "GET", "/pool/policy".into(), Value::Null),
+        ("policy list".into(), "GET", "/policies".into(), Value::Null),
+        ("policy show nightly".into(), "GET", "/policies/nightly".into(), Value::Null),
+        (
+            "policy create nightly --max-downtime 5000 --static yes --max-total 60 --require-tls"
+                .into(),
+            "PUT",
+            "/policies/nightly".into(),
+            json!({"name": "nightly", "allow_postcopy": "if-asked", "allow_throttle": "if-asked", "allow_static": "yes",
+                "max_downtime_ms": 5000, "max_total_s": 60, "require_tls": true}),
+        ),
+        ("policy delete nightly".into(), "DELETE", "/policies/nightly".into(), Value::Null),
+    ] {
+        let args: Vec<&str> = words.split(' ').collect();
+        for json in [&[][..], &["--json"]] {
+            let output = imitation.command(&[&args, json].concat()).output().unwrap();
+            assert!(output.status.success(), "{words}: {}", text(&output.stderr));
+            let lines = text(&output.stdout).lines();
+            if !json.is_empty() {
+                lines.for_each(|line| drop(serde_json::from_str::<Value>(line).unwrap()));
+            } else {
+                assert!(lines.count() > 0, "{words}");
+            }
+            let call = imitation.script(|script| script.calls.pop().unwrap());
+            assert_eq!(call, (method.to_owned(), path.clone(), body.clone()), "{words}");
+        }
+    }
+}
+
+#[test]
+fn forecast_and_fact_stand_side_by_side() {
+    let foretold = json!({
+        "convergence": "yes", "total_ms": 2250.0, "downtime_ms": 12.5, "wire_bytes": 52_428_800, "first_pass_ms": 1.0,
+        "wire_bytes_per_s": 1.0, "bottleneck": "link", "throttle_percent": 0.0,
+    });
+    let mut end = moved();
+    end["forecast"] = foretold;
+    let imitation = Imitation::start(Script { watches: [end].into(), ..Script::default() });
+    let said = imitation.migrate(&[]);
+    assert!(
+        text(&said.stdout).contains("total     2.31 s (forecast 2.25 s)"),
+        "{}",
+        text(&said.stdout)
+    );
+    assert!(text(&said.stdout).contains("downtime  11.9 ms (forecast 12.5 ms) (last pass"));
+    let shown = imitation.command(&["migration", "show", VM]).output().unwrap();
+    assert!(text(&shown.stdout).contains("  total         2.25 s"), "{}", text(&shown.stdout));
+    let json = imitation.migrate(&["--json"]);
+    let last: Value = serde_json::from_str(text(&json.stdout).lines().last().unwrap()).unwrap();
+    assert_eq!(last["forecast"]["total_ms"], 2250.0);
+}
+
+#[test]
+fn a_step_on_the_way_is_said_when_it_is_taken() {
+    let decided = |chosen: &[&str]| {
+        let decisions = chosen.iter().map(|chosen| json!({"measured": "m", "chosen": chosen}));
+        let mut record = precopy();
+        record["decisions"] = decisions.collect();
+        record
+    };
+    let paused = json!({
+        "phase": "postcopy", "outcome": "running",
+        "postcopy": {"state": "paused", "why": "the way is cut", "by_hand": false, "since": "2026-01-02T03:04:05Z",
+                     "begun": "2026-01-02T03:04:05Z"},
+    });
+    let watches =
+        [decided(&["a stream"]), decided(&["a stream", "post-copy"]), paused, moved()].into();
+    let imitation = Imitation::start(Script { watches, ..Script::default() });
+    let said = imitation.migrate(&[]);
+    let told = text(&said.stderr);
+    assert_eq!(told.matches("chosen: a stream").count(), 1, "{told}");
+    assert_eq!(told.matches("chosen: post-copy").count(), 1, "{told}");
+    assert!(told.contains("post-copy: paused, nothing is lost: the way is cut"), "{told}");
+}
+
+/// `migrate` at a terminal of its own, which `script` makes.
+fn at_a_terminal(
+    imitation: &Imitation,
+) -> (Child, std::process::ChildStdin, BufReader<std::process::ChildStdout>) {
+    let mut command = Command::new("script");
+    command
+        .args(["-q", "-e", "-c"])
+        .arg(format!("{WHIMBREL} migrate web01 host-b"))
+        .arg("/dev/null");
+    command
+        .env("WHIMBREL_CLIENT", imitation.client())
+        .env("TERM", "xterm")
+        .env_remove("WHIMBREL_LOG");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    (child, stdin, BufReader::new(stdout))
+}
+
+/// Reads on until a word has come; the terminal draws over its lines.
+fn read_until(stdout: &mut impl std::io::Read, word: &str) {
+    let mut seen = Vec::new();
+    let mut byte = [0];
+    while !seen.ends_with(word.as_bytes()) {
+        assert_eq!(stdout.read(&mut byte).unwrap(), 1, "{}", String::from_utf8_lossy(&seen));
+        seen.push(byte[0]);
+    }
+}
+
+#[test]
+fn at_a_terminal_it_is_asked_once_whether_to_cancel() {
+    // What is typed (3 is Ctrl-C), how many cancels come of it, and the exit code.
+    for (typed, cancels, exit) in
+        [(&b"y\n"[..], 1, 130), (b"\x03", 1, 130), (b"d\n", 0, 130), (b"n\n", 0, 0)]
+    {
+        let script = Script {
+            watches: [precopy()].into(),
+            on_cancel: Some(Ok(cancelled())),
+            ..Script::default()
+        };
+        let imitation = Imitation::start(script);
+        let (mut child, mut stdin, mut stdout) = at_a_terminal(&imitation);
+        read_until(&mut stdout, "precopy");
+        stdin.write_all(b"\x03").unwrap();
+        read_until(&mut stdout, "Ctrl-C again cancels");
+        assert_eq!(imitation.script(|script| script.cancels), 0, "asked before anything is done");
+        stdin.write_all(typed).unwrap();
+        if exit == 0 {
+            imitation.script(|script| script.watches = [moved()].into());
+        }
+        let mut rest = String::new();
+        stdout.read_to_string(&mut rest).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(exit), "{typed:?}: {rest}");
+        assert_eq!(imitation.script(|script| script.cancels), cancels, "{typed:?}: {rest}");
+    }
 }

@@ -79,10 +79,10 @@ struct Shape {
     #[arg(long, value_parser = firmware, conflicts_with = "kernel")]
     firmware: Option<Firmware>,
     /// Boot this kernel, given as STORAGE/PATH
-    #[arg(long, value_parser = storage_path)]
+    #[arg(long, value_parser = values::storage_path)]
     kernel: Option<StoragePath>,
     /// The kernel's initial RAM file system, given as STORAGE/PATH
-    #[arg(long, value_parser = storage_path, requires = "kernel")]
+    #[arg(long, value_parser = values::storage_path, requires = "kernel")]
     initrd: Option<StoragePath>,
     /// The kernel's command line
     #[arg(
@@ -133,11 +133,6 @@ fn from_file(path: &std::path::Path) -> Result<VmSpec, Failure> {
     })
 }
 
-fn storage_path(text: &str) -> Result<StoragePath, BadValue> {
-    let code = whimbrel_api::ErrorCode::BadPath;
-    text.parse().map_err(|message| BadValue { code, message })
-}
-
 fn firmware(text: &str) -> Result<Firmware, BadValue> {
     match text {
         "seabios" => Ok(Firmware::Seabios),
@@ -160,7 +155,7 @@ fn disk(text: &str) -> Result<DiskSpec, BadValue> {
         storage: pairs.need("storage", values::name)?,
         format: pairs.take("format", format)?.unwrap_or_default(),
         size: pairs.take("size", values::size)?,
-        import: pairs.take("import", storage_path)?,
+        import: pairs.take("import", values::storage_path)?,
         import_format: pairs.take("import-format", format)?,
         read_only: pairs.take("read-only", str::parse::<bool>)?.unwrap_or(false),
     };
