@@ -17,6 +17,7 @@
 pub mod console;
 mod create;
 pub mod found;
+pub(crate) mod kept;
 mod mobility;
 mod order;
 pub mod running;

@@ -57,7 +57,7 @@ use self::source::samples::Samples;
 use crate::host::Host;
 use crate::ledger::{LedgerError, MigrationRow, Side};
 use crate::sources::Knocks;
-use crate::vm::RunningVm;
+use crate::vm::{RunningVm, kept};
 use crate::vm::spawn::destroy;
 
 /// How long a caller waits for a destination to be prepared, in seconds: QEMU's start and its listening.
@@ -322,6 +322,7 @@ async fn admit_arrival(
         .map_err(|why| refused(&why))?;
     // It is not ours now, so a row is left over from when it was: it would name an old QEMU as the VM's own.
     host.ledger.remove_vm(vm).await?;
+    kept::let_go(host, vm).await;
     remember_incoming(host, id, request, ticket, None).await?;
     Ok((rules, first))
 }
@@ -502,6 +503,9 @@ async fn depart(
     let request = departure.request.clone();
     let report = departure.report.clone();
     let source::Ended { guest, end } = departure.run(first, inbox).await;
+    if request.options.keeps_definition() && end != OutgoingEnd::Moved {
+        kept::let_go(host, vm).await;
+    }
     if request.options.mode == Mode::Offline && end != OutgoingEnd::Moved {
         host.vms.give_back_stopped(vm).await;
     } else {

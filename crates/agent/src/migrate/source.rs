@@ -60,7 +60,7 @@ use super::destination::LEASE_SECONDS;
 use super::driver::{Side, drive, ended, ticks};
 use super::{refused, remember_outgoing, settings};
 use crate::host::Host;
-use crate::vm::RunningVm;
+use crate::vm::{RunningVm, kept};
 
 /// How often the destination hears that the source still means it, in seconds: renews the destination's lease.
 const HEARTBEAT_SECONDS: u64 = 10;
@@ -180,6 +180,10 @@ impl Departure {
         let current = host.ledger.current(request.vm).await?;
         let current = current.as_ref().unwrap_or(lent);
         let claim = Claim { vm: request.vm, migration: id, epoch: request.epoch };
+        if request.options.keeps_definition() {
+            let left = host.vms.report(request.vm)?.definition;
+            kept::keep(host, &left).await?;
+        }
         let begun = Source::begin(current, spent, claim, request.destination.clone());
         let (rules, first) = begun.map_err(|why| refused(&why))?;
         remember_outgoing(host, id, request, None).await?;

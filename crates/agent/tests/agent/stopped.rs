@@ -271,3 +271,37 @@ fn a_vm_that_was_to_arrive_paused_and_stays_runs_on() {
         assert!(!b.host.vms.has(vm));
     });
 }
+
+#[test]
+fn a_vm_leaves_its_definition_where_that_is_asked_for_and_only_a_definition() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let left = pair.a.config.dir.join(format!("kept/{vm}.json"));
+        let copy = || {
+            let options = MigrateOptions { copy: true, ..MigrateOptions::default() };
+            Way { options, ..Way::default() }
+        };
+        pair.a.failpoints("source.before-release=error");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin_by(&one, &pair.a, &pair.b, copy()).await;
+            assert!(left.exists());
+            let end = pair.end(&one, &pair.a).await;
+            assert!(matches!(end, OutgoingEnd::Stayed { .. }), "{end:?}");
+        });
+        assert!(!left.exists(), "it has not left");
+        pair.a.failpoints("");
+
+        move_by(pair, vm, (&pair.a, &a), &pair.b, copy());
+        let kept = std::fs::read_to_string(&left).unwrap();
+        let kept: whimbrel_api::vm::VmDefinition = serde_json::from_str(&kept).unwrap();
+        assert_eq!(kept, b.host.vms.report(vm).unwrap().definition);
+        assert!(!a.host.vms.has(vm));
+        a.kill();
+        let a = pair.a.live();
+        assert!(left.exists() && !a.host.vms.has(vm));
+
+        move_by(pair, vm, (&pair.b, &b), &pair.a, Way::default());
+        assert!(!left.exists(), "the VM itself is back");
+    });
+}
