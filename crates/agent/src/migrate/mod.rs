@@ -475,7 +475,9 @@ async fn begin_departure(
     let host = host.clone();
     let answer = report.borrow().clone();
     let vm = departure.request.vm;
-    watch_over(&host.clone(), vm, async move { depart(&host, departure, first, inbox).await });
+    watch_over(&host.clone(), vm, async move {
+        Box::pin(depart(&host, departure, first, inbox)).await;
+    });
     Ok(answer)
 }
 

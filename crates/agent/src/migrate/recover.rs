@@ -101,7 +101,7 @@ async fn outgoing(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
             let guest = qemu.map(|qemu| RunningVm { qemu, ownership: open });
             let departure =
                 source::Departure::new(&host, row.id, request, (rules, guest), peer, voices);
-            depart(&host, departure, first, inbox).await;
+            Box::pin(depart(&host, departure, first, inbox)).await;
         }
     });
     Ok(())

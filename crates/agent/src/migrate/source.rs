@@ -65,6 +65,10 @@ use crate::vm::{RunningVm, kept};
 /// How often the destination hears that the source still means it, in seconds: renews the destination's lease.
 const HEARTBEAT_SECONDS: u64 = 10;
 
+/// How long a destination may be silent, in seconds, that fetches memory from here, until the operator is told. More than
+/// after the release: nothing stands still for it, and a network that is back soon is no news.
+const SERVING_SILENT_SECONDS: u64 = 30;
+
 /// What somebody else wants of a migration under way.
 #[derive(Debug)]
 pub(super) enum Order {
@@ -346,6 +350,10 @@ impl Departure {
             let phase = self.report.borrow().phase;
             return Some(self.failed(phase, ErrorCode::Unreachable, message));
         }
+        if self.rules.is_serving() {
+            let silent = self.lively_at.elapsed() >= Duration::from_secs(SERVING_SILENT_SECONDS);
+            return silent.then_some(SourceInput::Overdue);
+        }
         let waited = self.released_at.map(|at| at.elapsed());
         if waited.is_some_and(|waited| waited >= Duration::from_millis(UNRESOLVED_AFTER_MS)) {
             self.released_at = None;
@@ -363,10 +371,26 @@ impl Departure {
 
     async fn raise_unresolved(&mut self) {
         let (migration, vm, ask) = (self.id, self.request.vm, self.rules.peer().clone());
-        error!(%migration, %vm, %ask, "unresolved: the VM was given away and is paused here until that host answers");
+        if self.rules.is_serving() {
+            error!(%migration, %vm, %ask, "unresolved: the VM is that host's, which is silent; the rest of its memory is kept here");
+        } else {
+            error!(%migration, %vm, %ask, "unresolved: the VM was given away and is paused here until that host answers");
+        }
         let news = VmState::Unresolved { migration, ask: ask.clone() };
         self.host.vms.loan_news(vm, news).await;
         self.report.send_modify(|report| report.end = OutgoingEnd::Unresolved { ask });
+    }
+
+    /// Once the destination owns the VM nothing is in doubt but whether it is heard, and that is taken back when it is.
+    async fn look_after_resolution(&mut self) {
+        let heard = self.lively_at.elapsed() < Duration::from_secs(SERVING_SILENT_SECONDS);
+        let raised = matches!(self.report.borrow().end, OutgoingEnd::Unresolved { .. });
+        let told_before = self.released_at.take_if(|_| self.rules.is_serving()).is_none();
+        if self.rules.is_serving() && heard && (raised || !told_before) {
+            let migration = self.id;
+            self.host.vms.loan_news(self.request.vm, VmState::Migrating { migration }).await;
+            self.report.send_modify(|report| report.end = OutgoingEnd::Open);
+        }
     }
 
     fn settle(&mut self, outcome: Outcome) {
@@ -419,7 +443,10 @@ impl Side for Departure {
     async fn act(&mut self, action: Action) -> Option<SourceInput> {
         match action {
             Action::Persist(record) => return Some(self.persist(&record).await),
-            Action::Send(message) => self.send(message),
+            Action::Send(message) => {
+                self.look_after_resolution().await;
+                self.send(message);
+            }
             Action::BeginCopy if self.is_definition() => return Some(self.send_definition()),
             Action::BeginCopy => self.begin_copy(),
             Action::StopCopy => self.stop_copy().await,
@@ -447,7 +474,7 @@ impl Side for Departure {
             Some(answer) = self.asking.next(), if !self.asking.is_empty() => self.answered(answer),
             copied = or_never(self.copying.as_mut()) => Some(self.copied(copied)),
             told = rest(self.serving.as_mut()) => match told {
-                RestTold::Ended(ended) => self.served(ended),
+                RestTold::Ended(ended) => self.served(*ended),
                 RestTold::Tried(recovered) => {
                     self.recovered(recovered);
                     None
@@ -477,7 +504,7 @@ impl Side for Departure {
 
 /// What is heard of post-copy.
 enum RestTold {
-    Ended(Result<Completed, OutgoingError>),
+    Ended(Box<Result<Completed, OutgoingError>>),
     Tried(Result<(), String>),
 }
 
@@ -485,7 +512,7 @@ enum RestTold {
 async fn rest(rest: Option<&mut Rest>) -> RestTold {
     let Some(rest) = rest else { return std::future::pending().await };
     tokio::select! {
-        ended = &mut rest.whole => RestTold::Ended(ended),
+        ended = &mut rest.whole => RestTold::Ended(Box::new(ended)),
         recovered = or_never(rest.recovering.as_mut()) => RestTold::Tried(recovered),
     }
 }

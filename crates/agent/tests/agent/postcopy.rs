@@ -257,6 +257,29 @@ fn agents_that_die_in_postcopy_find_it_again() {
 }
 
 #[test]
+fn a_destination_that_is_silent_while_it_fetches_is_told_until_it_is_heard_again() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.calls.block_on(pair.serving(vm, &a));
+        let migration = one.id;
+        assert_eq!(state(&a.host, vm), VmState::Migrating { migration });
+        // Neither its agent nor its QEMU takes anything.
+        b.kill();
+        pair.a.faults("refuse:postcopy");
+        let ask = pair.b.config.name.clone();
+        let end = async || pair.client(&pair.a).outgoing(one.id).await.unwrap().end;
+        pair.calls.block_on(eventually(async || {
+            // Nothing is told in the first seconds: what is back soon is no news.
+            end().await == OutgoingEnd::Unresolved { ask: ask.clone() }
+        }));
+        let b = pair.b.live();
+        pair.a.faults("postcopy-ms=600000");
+        pair.calls.block_on(eventually(async || end().await == OutgoingEnd::Open));
+        pair.ends_moved(&one, (&a, &b));
+    });
+}
+
+#[test]
 fn a_connection_that_is_lost_while_an_agent_is_away_is_made_again() {
     with_pair(|pair, a, b| {
         let vm = pair.vm_on(&a);

@@ -160,7 +160,7 @@
 //! 2. The machine is finished when `is_finished()`; messages that come later go to [`answer`].
 //! 3. `Tick` comes every [`RESEND_INTERVAL_MS`], `Overdue` once, [`UNRESOLVED_AFTER_MS`] after the
 //!    release was written, or its writing has failed (by the monotonic clock; nothing depends on when exactly);
-//!    and again where a B that fetches has been silent for as long.
+//!    and again where a B that fetches has been silent for half a minute, for nothing stands still then.
 //! 4. Received messages are checked first: the peer's certificate must be that of `peer()` (or of
 //!    the controller relaying for it), and the message's `migration` selects the machine. A
 //!    message whose migration has no live machine goes to [`answer`].
@@ -174,7 +174,7 @@
 //! | `ResumeGuest` (A, or the owner after a restart, B included while it fetches) | `cont` unless the guest runs already; tries again until it works or QEMU is gone, and tells the operator meanwhile | – |
 //! | `QuitSource` (A) | ends the source's QEMU, quit then kill; disks stay | – |
 //! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`, after any older one of this VM is gone; reports `Loaded` when the incoming migration is `completed` and the guest stopped, with post-copy `StateLoaded` before that (see below); any failure is `Abandon` | – |
-//! | `CloseListeners` (B) | stops the NBD server, checks that nothing listens for this VM any more | `ListenersClosed` or `CloseFailed` |
+//! | `CloseListeners` (B) | stops the NBD server, checks that nothing listens for this VM any more (in post-copy QEMU listens to the end, and drops a second stream) | `ListenersClosed` or `CloseFailed` |
 //! | `ContinueGuest` (B) | `cont` | `Continued`; `ContinueFailed` **only** if QEMU answered with an error and says that it is not running; no answer at all: `QemuGone` when it is gone |
 //! | `LookForRest` (B) | asks QEMU, now, whether all memory is here (`completed`), or it lacks some and its stream has ended (`postcopy-paused`, and no new stream is being made) | `Loaded` or `Starved`; nothing where it is neither |
 //! | `KillTarget` (B) | SIGKILL to B's QEMU; does not wait | `QemuGone`, whenever it is gone (at once when there is none) |

@@ -37,7 +37,7 @@ pub enum SourceInput {
     /// The source's QEMU has ended.
     QemuGone,
     /// The release, or its failed write, is [`super::UNRESOLVED_AFTER_MS`] ago; or the destination that
-    /// still fetches has not been heard of for as long.
+    /// still fetches has not been heard of for long.
     Overdue,
 }
 

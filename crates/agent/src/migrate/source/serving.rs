@@ -54,6 +54,8 @@ pub(super) struct Rest {
     /// Before this moment no attempt is made.
     not_before: Instant,
     by_hand: bool,
+    /// Why this agent gave the connection up, if it did.
+    given_up: Option<&'static str>,
 }
 
 impl Departure {
@@ -68,6 +70,7 @@ impl Departure {
             moved_at: now,
             not_before: now,
             by_hand: false,
+            given_up: None,
         });
         let begun = Timestamp::now();
         self.report.send_modify(|report| {
@@ -158,16 +161,19 @@ impl Departure {
         match &statistics.status {
             MigrationStatus::PostcopyActive if hangs => {
                 rest.moved_at = Instant::now();
+                rest.given_up = Some("nothing came through to the destination any more");
                 warn!(migration = %self.id, "nothing moves in post-copy; its connection is given up and made again");
                 self.pause_stream();
             }
             MigrationStatus::PostcopyActive => self.enter_postcopy_state(PostcopyState::Active),
             MigrationStatus::PostcopyPaused => {
                 rest.moved_at = Instant::now();
-                let why = match (by_hand, &statistics.error_desc) {
-                    (true, _) => "an order".to_owned(),
-                    (false, Some(why)) => why.clone(),
-                    (false, None) => "the connection to the destination is lost".to_owned(),
+                // QEMU would say of either that its user wanted it.
+                let why = match (by_hand, rest.given_up, &statistics.error_desc) {
+                    (true, ..) => "an order".to_owned(),
+                    (false, Some(why), _) => why.to_owned(),
+                    (false, None, Some(why)) => why.clone(),
+                    (false, None, None) => "the connection to the destination is lost".to_owned(),
                 };
                 self.enter_postcopy_state(PostcopyState::Paused { why, by_hand });
                 if !by_hand {
@@ -234,6 +240,7 @@ impl Departure {
         rest.not_before = Instant::now() + Duration::from_millis(RECOVER_PACE_MS);
         match recovered {
             Ok(()) => {
+                rest.given_up = None;
                 info!(migration = %self.id, "post-copy goes on over a new connection");
                 self.report.send_modify(|report| {
                     if let Some(postcopy) = &mut report.postcopy {
