@@ -34,6 +34,8 @@ const END_MAX: Duration = Duration::from_secs(20);
 const LOCK_MAX: Duration = Duration::from_secs(1);
 /// How long between two tries.
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+/// What `scripts/setup` fills in the lab's default folder before there is a lab.
+const CACHE: &str = "cache";
 
 /// A lab that is up.
 #[derive(Clone, Debug)]
@@ -354,6 +356,9 @@ fn prepare_folder(folder: &Folder) -> Result<File, LabError> {
         fs::set_permissions(&folder.0, Permissions::from_mode(0o755))
             .map_err(LabError::file("open", &folder.0))?;
     }
+    if let Some(path) = foreign(folder)? {
+        return Err(LabError::InTheWay { path });
+    }
     for ancestor in folder.0.ancestors() {
         let mode = fs::metadata(ancestor)
             .map_err(LabError::file("look at", ancestor))?
@@ -364,6 +369,22 @@ fn prepare_folder(folder: &Folder) -> Result<File, LabError> {
         }
     }
     lock(folder)
+}
+
+/// What is in a folder in which no lab has ever been, besides the cache that `scripts/setup` fills: it is somebody's, and
+/// a lab would empty its logs and lie among it.
+fn foreign(folder: &Folder) -> Result<Option<PathBuf>, LabError> {
+    if folder.lock().exists() {
+        return Ok(None);
+    }
+    let unreadable = || LabError::file("look into", &folder.0);
+    for entry in fs::read_dir(&folder.0).map_err(unreadable())? {
+        let entry = entry.map_err(unreadable())?;
+        if entry.file_name() != CACHE {
+            return Ok(Some(entry.path()));
+        }
+    }
+    Ok(None)
 }
 
 /// The lock is the kernel's, so a killed command never leaves it behind, at least not for long: a child that it was just

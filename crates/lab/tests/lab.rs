@@ -335,6 +335,18 @@ fn a_folder_of_somebody_else_is_left_alone() {
     assert!(!Lab::down(&place.dir()).unwrap());
     assert_eq!(fs::read_to_string(place.dir().join("shared/letter")).unwrap(), "mine");
 
+    // Also where nothing has a name that a lab would use: its logs, say, are emptied.
+    let home = place.root.join("home");
+    fs::create_dir_all(home.join("log")).unwrap();
+    fs::write(home.join("log/diary"), "mine").unwrap();
+    let config = LabConfig { dir: home.clone(), ..place.config(1) };
+    let up = Lab::up(&config, &Cancel::default(), &mut |_| {});
+    assert!(matches!(up, Err(LabError::InTheWay { .. })), "{up:?}");
+    let left: Vec<_> =
+        fs::read_dir(&home).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["log"]);
+    assert_eq!(fs::read_to_string(home.join("log/diary")).unwrap(), "mine");
+
     let closed = place.root.join("closed");
     fs::create_dir(&closed).unwrap();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
