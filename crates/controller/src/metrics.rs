@@ -14,9 +14,10 @@ use whimbrel_api::migration::{Migration, MigrationState, Stay};
 use whimbrel_api::pool::{Contact, Host};
 use whimbrel_api::vm::Vm;
 use whimbrel_api::{ApiError, Downtime, Phase, Verdict};
-use whimbrel_migration::preflight::Severity;
+use whimbrel_migration::preflight::{Code, Severity};
+use whimbrel_migration::strategy::Rung;
 
-use crate::Controller;
+use crate::{Controller, policies};
 
 /// Upper bounds of how long a migration takes, in seconds.
 const TOTAL_BOUNDS_SECONDS: [f64; 13] =
@@ -40,6 +41,8 @@ const SENT_BOUNDS_BYTES: [f64; 9] = [
 ];
 /// How a migration can end.
 const OUTCOMES: [&str; 2] = ["moved", "stayed"];
+/// Why a VM can have stayed.
+const CAUSES: [&str; 4] = ["cancelled", "failed", "destination-refused", "guest-powered-off"];
 /// How the contact with a host can be.
 const CONTACTS: [&str; 3] = ["joining", "ready", "unreachable"];
 /// The states of a VM as the pool knows them.
@@ -55,7 +58,8 @@ type Histograms = Family<Labels<1>, Histogram, fn() -> Histogram>;
 pub(crate) struct Metrics {
     begun: Counter,
     refused: Family<Labels<1>, Counter>,
-    ended: Family<Labels<3>, Counter>,
+    ended: Family<Labels<2>, Counter>,
+    by_policy: Family<Labels<2>, Counter>,
     stayed: Family<Labels<2>, Counter>,
     seconds: Histograms,
     downtime_seconds: Histograms,
@@ -68,11 +72,20 @@ pub(crate) struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
+        let metrics = Self::without_series();
+        metrics.prepare();
+        metrics
+    }
+}
+
+impl Metrics {
+    fn without_series() -> Self {
         let histograms = |of: fn() -> Histogram| Family::new_with_constructor(of);
         Self {
             begun: Counter::default(),
             refused: Family::default(),
             ended: Family::default(),
+            by_policy: Family::default(),
             stayed: Family::default(),
             seconds: histograms(|| Histogram::new(TOTAL_BOUNDS_SECONDS)),
             downtime_seconds: histograms(|| Histogram::new(DOWNTIME_BOUNDS_SECONDS)),
@@ -83,9 +96,44 @@ impl Default for Metrics {
             blocked_seconds: Counter::default(),
         }
     }
-}
 
-impl Metrics {
+    /// Makes the series that there can be: of one that begins with 1 no increase is seen.
+    fn prepare(&self) {
+        for rung in Rung::ALL.iter().map(|rung| word(rung, "")).chain([NONE.to_owned()]) {
+            for outcome in OUTCOMES {
+                let labels = [("outcome", outcome.to_owned()), ("rung", rung.clone())];
+                drop(self.ended.get_or_create(&labels));
+            }
+            let rung = [("rung", rung)];
+            for family in
+                [&self.seconds, &self.downtime_seconds, &self.added_seconds, &self.sent_bytes]
+            {
+                drop(family.get_or_create(&rung));
+            }
+        }
+        for (cause, phase) in CAUSES.iter().flat_map(|cause| Phase::ALL.map(|phase| (cause, phase)))
+        {
+            let labels = [("cause", (*cause).to_owned()), ("phase", phase.to_string())];
+            drop(self.stayed.get_or_create(&labels));
+        }
+        for code in Code::ALL {
+            drop(self.refused.get_or_create(&[("verdict", code.as_str().to_owned())]));
+        }
+        for (part, _) in parts(&Downtime::default()) {
+            drop(self.downtime_part_seconds.get_or_create(&[("part", part.to_owned())]));
+        }
+    }
+
+    /// The same for the policies that there are.
+    fn prepare_policies(&self, policies: impl IntoIterator<Item = String>) {
+        for policy in policies {
+            for outcome in OUTCOMES {
+                let labels = [("outcome", outcome.to_owned()), ("policy", policy.clone())];
+                drop(self.by_policy.get_or_create(&labels));
+            }
+        }
+    }
+
     /// Counts a migration that was admitted.
     pub(crate) fn begun(&self) {
         self.begun.inc();
@@ -105,8 +153,9 @@ impl Metrics {
         let rung = strategy.map_or_else(|| NONE.to_owned(), |strategy| word(&strategy.rung, ""));
         let policy = record.policy.as_ref().map_or(NONE, |policy| policy.as_str()).to_owned();
         let outcome = word(&record.state, "outcome");
-        let labels = [("outcome", outcome), ("rung", rung.clone()), ("policy", policy)];
+        let labels = [("outcome", outcome.clone()), ("rung", rung.clone())];
         self.ended.get_or_create(&labels).inc();
+        self.by_policy.get_or_create(&[("outcome", outcome), ("policy", policy)]).inc();
         match &record.state {
             MigrationState::Moved => self.moved(record, &[("rung", rung)]),
             MigrationState::Stayed { why } => {
@@ -199,6 +248,9 @@ pub(crate) async fn scrape(controller: &Controller) -> Result<Scrape, ApiError> 
         certificate_days_left: controller.own().client().certificate.days_left(clock),
         authority_days_left: controller.authority().certificate().days_left(clock),
     };
+    let policies = policies::list(controller).await?;
+    let names = policies.iter().map(|status| status.policy.name.to_string());
+    controller.metrics().prepare_policies(names);
     Ok(told(&now, controller.metrics()))
 }
 
@@ -266,12 +318,6 @@ fn of_active(scrape: &mut Scrape, now: &Now) {
 }
 
 fn of_ended(scrape: &mut Scrape, kept: &Metrics) {
-    for outcome in OUTCOMES {
-        // A rate cannot be taken of a series that begins with 1.
-        let none = || NONE.to_owned();
-        let labels = [("outcome", outcome.to_owned()), ("rung", none()), ("policy", none())];
-        drop(kept.ended.get_or_create(&labels));
-    }
     scrape.kept("whimbrel_controller_migrations_begun", "Migrations admitted", kept.begun.clone());
     scrape.kept(
         "whimbrel_controller_migrations_refused",
@@ -280,8 +326,13 @@ fn of_ended(scrape: &mut Scrape, kept: &Metrics) {
     );
     scrape.kept(
         "whimbrel_controller_migrations_ended",
-        "Migrations that have ended, by outcome, rung of the ladder and policy",
+        "Migrations that have ended, by outcome and rung of the ladder",
         kept.ended.clone(),
+    );
+    scrape.kept(
+        "whimbrel_controller_migrations_by_policy",
+        "Migrations that have ended, by outcome and policy",
+        kept.by_policy.clone(),
     );
     scrape.kept(
         "whimbrel_controller_migrations_stayed",

@@ -91,10 +91,12 @@ fn has(text: &str, line: &str) {
 #[test]
 fn an_end_is_counted_by_its_labels() {
     let text = text();
-    let labels = "rung=\"postcopy\",policy=\"no-postcopy\"";
     for outcome in OUTCOMES {
-        let labels = format!("outcome=\"{outcome}\",{labels}");
-        has(&text, &format!("whimbrel_controller_migrations_ended_total{{{labels}}} 1"));
+        let of = |label: &str| format!("{{outcome=\"{outcome}\",{label}}} 1");
+        let ended = "whimbrel_controller_migrations_ended_total";
+        has(&text, &format!("{ended}{}", of("rung=\"postcopy\"")));
+        let by_policy = "whimbrel_controller_migrations_by_policy_total";
+        has(&text, &format!("{by_policy}{}", of("policy=\"no-postcopy\"")));
     }
     let stayed = "whimbrel_controller_migrations_stayed_total";
     has(&text, &format!("{stayed}{{cause=\"failed\",phase=\"precopy\"}} 1"));
@@ -135,8 +137,16 @@ fn words_are_those_of_the_rules() {
         Contact::Unreachable { since: at, why: String::new() },
     ];
     assert_eq!(contacts.map(|contact| word(&contact, "state")), CONTACTS);
+    let whys = [
+        Stay::Cancelled,
+        failed(),
+        Stay::DestinationRefused { message: String::new() },
+        Stay::GuestPoweredOff,
+    ];
+    assert_eq!(whys.map(|why| word(&why, "cause")), CAUSES);
     for rung in Rung::ALL {
-        assert_eq!(word(&rung, ""), serde_json::to_value(rung).unwrap().as_str().unwrap());
+        let rung = serde_json::to_value(rung).unwrap();
+        assert!(text.contains(&format!("seconds_count{{rung={rung}}}")), "{rung}");
     }
     // The parts of a pause are the record's fields.
     let fields = serde_json::to_value(Downtime::default()).unwrap();
@@ -175,4 +185,28 @@ fn the_dashboard_can_be_imported() {
             assert_eq!(asked.matches('(').count(), asked.matches(')').count(), "{asked}");
         }
     }
+}
+
+#[test]
+fn what_can_be_counted_begins_with_zero() {
+    let metrics = Metrics::default();
+    metrics.prepare_policies(["balanced".to_owned()]);
+    let text = told(&Now::default(), &metrics).text();
+    has(&text, "whimbrel_controller_migrations_ended_total{outcome=\"moved\",rung=\"plain\"} 0");
+    let by_policy = "whimbrel_controller_migrations_by_policy_total";
+    has(&text, &format!("{by_policy}{{outcome=\"stayed\",policy=\"balanced\"}} 0"));
+    let stayed = "whimbrel_controller_migrations_stayed_total";
+    has(&text, &format!("{stayed}{{cause=\"failed\",phase=\"precopy\"}} 0"));
+    has(&text, "whimbrel_controller_migration_downtime_seconds_count{rung=\"static\"} 0");
+}
+
+#[test]
+fn the_manual_has_every_alert() {
+    let manual = include_str!("../../../../docs/operating.md");
+    let (_, section) = manual.split_once("\n## Metrics\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let names = section.split('`').filter(|word| word.starts_with("Whimbrel"));
+    let told: std::collections::BTreeSet<&str> = names.collect();
+    let alerts = ALERTS.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
+    assert_eq!(alerts.collect::<std::collections::BTreeSet<_>>(), told);
 }
