@@ -1,11 +1,13 @@
 //! Typed commands to one running QEMU: what the agent asks of a VM outside a migration.
 //!
-//! Each call is one question or order with a bounded wait; nothing is remembered here, since the
-//! truth is QEMU's. Migrations have a room of their own ([`crate::migrate`]).
+//! Each call is one question or order with a bounded wait; nothing is remembered here but
+//! whether post-copy was ordered, since the truth is QEMU's. Migrations have a room of their own ([`crate::migrate`]).
 
 mod dirty_rate;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -25,6 +27,7 @@ use crate::schema::Features;
 pub struct Machine {
     qmp: Qmp,
     features: Features,
+    postcopy: Arc<AtomicBool>,
 }
 
 /// Why the QEMU behind a socket can not be used as the expected VM.
@@ -254,13 +257,23 @@ impl Machine {
             Some(engine) => engine.features.clone(),
             None => Features::query(&qmp).await.map_err(MachineError::Describe)?,
         };
-        Ok(Self { qmp, features })
+        Ok(Self { qmp, features, postcopy: Arc::default() })
     }
 
     /// The session, for commands that have no method here.
     #[must_use]
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
+    }
+
+    /// Notes whether this session has ordered post-copy of the migration under way, for when QEMU cannot be asked.
+    pub(crate) fn note_postcopy(&self, ordered: bool) {
+        self.postcopy.store(ordered, Ordering::SeqCst);
+    }
+
+    /// Whether post-copy was ordered, as [`Machine::note_postcopy`] has it. A session that was made anew has forgotten.
+    pub(crate) fn postcopy_ordered(&self) -> bool {
+        self.postcopy.load(Ordering::SeqCst)
     }
 
     /// What this QEMU can do.

@@ -167,6 +167,31 @@ async fn outgoing_status(source: &Guest) -> MigrationStatus {
 }
 
 #[tokio::test]
+async fn a_cancel_is_told_to_a_qemu_that_says_nothing_unless_post_copy_was_ordered() {
+    for (postcopy, after) in
+        [(false, MigrationStatus::Cancelled), (true, MigrationStatus::PreSwitchover)]
+    {
+        let lab = Lab::new();
+        let (source, destination) = two(&lab).await;
+        let mut outgoing = at_pre_switchover(&source, &destination).await;
+        order(&source, "silent:qmp");
+        if postcopy {
+            let ordered = outgoing.control();
+            let _unanswered = tokio::time::timeout(MOMENT, ordered.start_postcopy()).await;
+        }
+        let error = outgoing.cancel(10 * MOMENT).await.unwrap_err();
+        assert!(matches!(error, OutgoingError::TookTooLong { .. }), "{error:?}");
+        order(&source, "");
+        let becomes = async {
+            while outgoing_status(&source).await != after {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        soon(becomes).await;
+    }
+}
+
+#[tokio::test]
 async fn a_destination_fails_stalls_dies_and_lies_at_its_stages() {
     for fault in ["refuse:accepted", "refuse:loading", "die:loading", "die:accepted"] {
         let lab = Lab::new();

@@ -37,7 +37,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 pub use self::control::Control;
 pub use self::postcopy::{Switched, Unrecovered, pause_postcopy};
@@ -281,6 +281,7 @@ impl Outgoing {
         set_parameters(machine, parameters).await.map_err(step("parameters"))?;
 
         let outgoing = Self { control, ..Self::reattach(machine) };
+        machine.note_postcopy(false);
         let uri = json!({ "uri": format!("tcp:{}", settings.to) });
         machine.order("migrate", uri).await.map_err(step("the beginning itself"))?;
         Ok(outgoing)
@@ -333,7 +334,7 @@ impl Outgoing {
             Ok(())
         };
         let late = OutgoingError::TookTooLong { what: "the connection", after: within };
-        tokio::time::timeout(within, connected).await.unwrap_or(Err(late))
+        timeout(within, connected).await.unwrap_or(Err(late))
     }
 
     /// Waits until the guest is stopped at pre-switchover (or is further already, which a restarted
@@ -442,40 +443,71 @@ impl Outgoing {
     /// Cancels, and waits until it is over. May be called at any time and again, also when there
     /// is no migration.
     ///
+    /// A QEMU that does not say how far it is (its main loop may wait for the destination) is told to cancel all the same,
+    /// and does so as soon as it listens again: unless post-copy was ordered, where a cancel that comes late ends in a hang.
+    ///
     /// Where post-copy was ordered, 7.2 does not let the guest run again (its run state is
     /// `postmigrate` then), as 10.0 does.
     ///
     /// # Errors
     ///
     /// [`OutgoingError::Postcopy`] once its state has been sent: [`take_back`] is the way then, if
-    /// there is any. [`OutgoingError::Query`], [`OutgoingError::TookTooLong`]: ask again.
+    /// there is any. [`OutgoingError::Query`], [`OutgoingError::TookTooLong`] after `within`: ask again.
     pub async fn cancel(&mut self, within: Duration) -> Result<Cancelled, OutgoingError> {
-        let until = Instant::now() + within;
-        if self.statistics().await?.status.is_postcopy() {
-            return Err(OutgoingError::Postcopy);
-        }
+        let late = OutgoingError::TookTooLong { what: "a cancel", after: within };
+        let all = async {
+            // Half of the time: what follows has to fit, too.
+            match timeout(within / 2, self.statistics()).await {
+                Ok(Ok(statistics)) if statistics.status.is_postcopy() => {
+                    return Err(OutgoingError::Postcopy);
+                }
+                Ok(Err(OutgoingError::Query(QmpError::TimedOut { .. }))) | Err(_)
+                    if !self.machine.postcopy_ordered() =>
+                {
+                    tracing::warn!("QEMU does not say how far it is; it is told to cancel");
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return Err(error),
+                Err(_) => {
+                    let what = "the question how far it is";
+                    return Err(OutgoingError::TookTooLong { what, after: within / 2 });
+                }
+            }
+            self.tell_to_cancel().await?;
+            self.wait_cancelled().await
+        };
+        timeout(within, all).await.unwrap_or(Err(late))
+    }
+
+    async fn tell_to_cancel(&self) -> Result<(), OutgoingError> {
         match self.machine.order("migrate_cancel", Value::Null).await {
             // Without an answer it may have been heard: the status tells.
-            Ok(()) | Err(QmpError::TimedOut { .. }) => {}
+            Ok(()) | Err(QmpError::TimedOut { .. }) => Ok(()),
             // 10.0, once post-copy has begun.
-            Err(error) if error.is_refusal() => return Err(OutgoingError::Postcopy),
-            Err(error) => return Err(OutgoingError::Query(error)),
+            Err(error) if error.is_refusal() => Err(OutgoingError::Postcopy),
+            Err(error) => Err(OutgoingError::Query(error)),
         }
+    }
+
+    /// Until the migration is over; the caller bounds it.
+    async fn wait_cancelled(&mut self) -> Result<Cancelled, OutgoingError> {
         loop {
-            match self.statistics().await?.status {
-                MigrationStatus::Completed => return Ok(Cancelled::AlreadyCompleted),
-                MigrationStatus::Cancelled | MigrationStatus::Failed | MigrationStatus::None => {
+            match self.statistics().await {
+                Ok(Statistics { status: MigrationStatus::Completed, .. }) => {
+                    return Ok(Cancelled::AlreadyCompleted);
+                }
+                Ok(Statistics {
+                    status:
+                        MigrationStatus::Cancelled | MigrationStatus::Failed | MigrationStatus::None,
+                    ..
+                }) => {
                     let run_state = self.settled_run_state().await?;
                     return Ok(Cancelled::Stopped { run_state });
                 }
-                _ if Instant::now() >= until => {
-                    return Err(OutgoingError::TookTooLong { what: "a cancel", after: within });
-                }
-                _ => {
-                    let pause = Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS);
-                    self.wait_status_change(pause).await;
-                }
+                Ok(_) | Err(OutgoingError::Query(QmpError::TimedOut { .. })) => {}
+                Err(error) => return Err(error),
             }
+            self.wait_status_change(Duration::from_millis(SWITCHOVER_POLL_MILLISECONDS)).await;
         }
     }
 

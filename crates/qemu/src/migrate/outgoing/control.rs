@@ -131,7 +131,13 @@ impl Control {
     ///
     /// [`QmpError`].
     pub async fn start_postcopy(&self) -> Result<(), QmpError> {
-        self.machine.order("migrate-start-postcopy", Value::Null).await
+        // Before it is asked: without an answer it may have been heard.
+        self.machine.note_postcopy(true);
+        let ordered = self.machine.order("migrate-start-postcopy", Value::Null).await;
+        if ordered.as_ref().is_err_and(QmpError::is_refusal) {
+            self.machine.note_postcopy(false);
+        }
+        ordered
     }
 
     /// Tells QEMU a longer pause if a further pass over the memory has begun. Where it does not
