@@ -133,6 +133,10 @@ impl Task {
         if let State::Running(watched) = &mut self.state {
             watched.halted = None;
         }
+        // A guest that came here paused has not been told to the network, which sends to where it was.
+        if let Err(error) = machine.announce_self().await {
+            tracing::debug!(vm = %self.definition.name, %error, "the guest's place was not announced");
+        }
         Ok(())
     }
 
