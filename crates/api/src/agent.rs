@@ -42,6 +42,8 @@
 //! | `POST /v1/outgoing/{migration}/recover` | controller | [`RecoverOrder`] → [`OutgoingReport`], or `wrong-state` |
 //! | `POST /v1/outgoing/{migration}/cancel` | controller | → [`OutgoingReport`], or `handed-over` |
 //! | `POST /v1/outgoing/{migration}/handoff` | controller | a relayed answer, [`Handoff`] → [`OutgoingReport`] |
+//! | `POST /v1/outgoing/{migration}/reclaim` | controller | [`crate::migration::ReclaimRequest`] → [`OutgoingReport`], `wrong-state`, or `busy` while the destination may be heard of |
+//! | `POST /v1/incoming/{migration}/superseded` | controller | [`Superseded`] → [`SupersededReport`], or `busy` while the migration is open there |
 //! | `DELETE /v1/outgoing/{migration}` | controller | retire: the record has moved, forget the VM |
 
 mod moving;
@@ -49,7 +51,7 @@ mod moving;
 pub use moving::{
     Handoff, IncomingOffer, IncomingReport, IncomingRequest, IncomingStatistics, ListenAgain,
     NewAddress, OutgoingEnd, OutgoingReport, OutgoingRequest, Receive, ReceivePostcopy,
-    ReceiveSettings, RecoverOrder, Resumed,
+    ReceiveSettings, RecoverOrder, Resumed, Superseded, SupersededReport,
 };
 
 use std::collections::BTreeSet;

@@ -85,6 +85,55 @@ pub enum Stay {
     },
     /// The guest powered itself off in the middle.
     GuestPoweredOff,
+    /// It was given away to a host that never answered, and taken back by an operator's word: the guest has crashed.
+    Reclaimed {
+        /// What was stated of the destination.
+        statement: Statement,
+    },
+}
+
+/// What an operator states of a destination that does not answer. Whimbrel cannot know it; both lead to the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Statement {
+    /// It is without power, or cut off from the VM's disks: no acknowledged write is lost.
+    HostIsFenced,
+    /// It is gone, and nobody can say what it did last.
+    AcceptDataLoss,
+}
+
+impl Statement {
+    /// The word, as in the API and on the command line.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::HostIsFenced => "host-is-fenced",
+            Self::AcceptDataLoss => "accept-data-loss",
+        }
+    }
+}
+
+/// Takes a VM back from a destination that never returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReclaimRequest {
+    /// What is stated of the destination.
+    pub statement: Statement,
+}
+
+/// That a VM was taken back, or is to be, as it stands in the migration's record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reclaim {
+    /// What was stated of the destination.
+    pub statement: Statement,
+    /// Who stated it: the name in his certificate.
+    pub by: String,
+    /// When.
+    #[schema(value_type = String)]
+    pub at: Timestamp,
+    /// What the destination said when it could be told: whether it still had a QEMU of the VM, which it has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_was_there: Option<bool>,
 }
 
 /// The record of a migration.
@@ -117,6 +166,9 @@ pub struct Migration {
     pub settled: Option<MigrationState>,
     /// Whether a cancel was accepted.
     pub cancel_requested: bool,
+    /// The operator's word by which the VM is taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reclaim: Option<Reclaim>,
     /// What preflight said, warnings included.
     pub verdicts: Vec<Verdict>,
     /// The policy under which it goes; none in records that are older than policies.

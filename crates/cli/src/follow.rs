@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::time::{Instant, sleep, timeout};
 use whimbrel_api::client::PoolClient;
 use whimbrel_api::migration::{
-    Forecast, Migration, MigrationState, PostcopyReport, Stay, Strategy,
+    Forecast, Migration, MigrationState, PostcopyReport, Statement, Stay, Strategy,
 };
 use whimbrel_api::{ApiError, Downtime, ErrorCode, MigrationId, Name, Phase};
 
@@ -271,6 +271,7 @@ fn stay_code(why: &Stay) -> &str {
         Stay::Failed { code, .. } => code,
         Stay::DestinationRefused { .. } => "destination-refused",
         Stay::GuestPoweredOff => "guest-powered-off",
+        Stay::Reclaimed { .. } => "reclaimed",
     }
 }
 
@@ -315,6 +316,15 @@ pub(crate) fn outcome_sentence(record: &Migration) -> String {
             }
             Stay::GuestPoweredOff => {
                 format!("{vm} is stopped on {source}: the guest powered itself off")
+            }
+            Stay::Reclaimed { statement } => {
+                let stated = match statement {
+                    Statement::HostIsFenced => "is fenced",
+                    Statement::AcceptDataLoss => "is lost, whatever it did last",
+                };
+                format!(
+                    "{vm} was taken back to {source}, where it has crashed: somebody stated that {destination} {stated}; `whimbrel vm start {vm}` starts it from its disks"
+                )
             }
         },
     }

@@ -7,9 +7,10 @@ use axum::extract::State;
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use whimbrel_api::agent::{
-    IncomingStatistics, ListenAgain, NewAddress, OutgoingReport, RecoverOrder,
+    IncomingStatistics, ListenAgain, NewAddress, OutgoingReport, RecoverOrder, Superseded,
+    SupersededReport,
 };
-use whimbrel_api::migration::{LiveSettings, MigrationAction, MigrationStatistics};
+use whimbrel_api::migration::{LiveSettings, MigrationAction, MigrationStatistics, ReclaimRequest};
 use whimbrel_api::server::{Body, Segment};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId};
 use whimbrel_pki::door::PeerExtension;
@@ -24,7 +25,9 @@ pub(super) fn for_the_controller() -> Router<Arc<Host>> {
         .route("/incoming/{migration}/statistics", get(incoming_statistics))
         .route("/outgoing/{migration}/statistics", get(outgoing_statistics))
         .route("/outgoing/{migration}/settings", put(set))
-        .route("/outgoing/{migration}/recover", post(recover));
+        .route("/outgoing/{migration}/recover", post(recover))
+        .route("/outgoing/{migration}/reclaim", post(reclaim))
+        .route("/incoming/{migration}/superseded", post(superseded));
     for action in MigrationAction::ALL {
         if action != MigrationAction::Recover {
             let path = format!("/outgoing/{{migration}}/{}", action.as_str());
@@ -56,6 +59,22 @@ async fn recover(
     Body(order): Body<RecoverOrder>,
 ) -> Answer<OutgoingReport> {
     to_the_end(async move { migrate::recover_by_order(&host, id, order).await }).await
+}
+
+async fn reclaim(
+    State(host): On,
+    Segment(id): Segment<MigrationId>,
+    Body(request): Body<ReclaimRequest>,
+) -> Answer<OutgoingReport> {
+    to_the_end(async move { migrate::reclaim(&host, id, request).await }).await
+}
+
+async fn superseded(
+    State(host): On,
+    Segment(id): Segment<MigrationId>,
+    Body(said): Body<Superseded>,
+) -> Answer<SupersededReport> {
+    to_the_end(async move { migrate::superseded(&host, id, said).await }).await
 }
 
 async fn outgoing_statistics(

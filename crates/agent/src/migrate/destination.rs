@@ -66,6 +66,8 @@ pub(super) enum Order {
     Message(Message, oneshot::Sender<Handoff>),
     /// Take it down, if GO has not come.
     Abandon(String),
+    /// The VM was taken back from here by an operator's word.
+    Superseded,
     /// Listen anew: the connection of a post-copy is lost.
     ListenAgain(oneshot::Sender<Result<NewAddress, ApiError>>),
 }
@@ -226,6 +228,7 @@ impl Arrival {
                 Some(DestinationInput::Receive(message))
             }
             Order::Abandon(why) => Some(DestinationInput::Abandon(why)),
+            Order::Superseded => Some(DestinationInput::Superseded),
             Order::ListenAgain(answer) => {
                 self.listen_again(answer);
                 None

@@ -20,6 +20,7 @@ mod destination;
 mod driver;
 mod knock;
 mod orders;
+mod reclaim;
 mod recover;
 mod settings;
 mod source;
@@ -27,6 +28,7 @@ mod source;
 pub use orders::{
     act, incoming_statistics, listen_again, outgoing_statistics, recover as recover_by_order, set,
 };
+pub use reclaim::{reclaim, superseded};
 pub use recover::recover;
 
 use std::collections::HashMap;
@@ -57,8 +59,8 @@ use self::source::samples::Samples;
 use crate::host::Host;
 use crate::ledger::{LedgerError, MigrationRow, Side};
 use crate::sources::Knocks;
-use crate::vm::{RunningVm, kept};
 use crate::vm::spawn::destroy;
+use crate::vm::{RunningVm, kept};
 
 /// How long a caller waits for a destination to be prepared, in seconds: QEMU's start and its listening.
 const PREPARE_SECONDS: u64 = 25;
@@ -283,7 +285,7 @@ fn begin_arrival(
         open.incoming.insert(id, incoming);
     }
     let host = host.clone();
-    tokio::spawn(async move {
+    watch_over(&host.clone(), vm, async move {
         let admitted = admit_arrival(&host, id, &request, &ticket).await;
         match admitted {
             Ok((rules, first)) => {
@@ -489,7 +491,10 @@ fn watch_over(host: &Arc<Host>, vm: VmId, work: impl Future<Output = ()> + Send 
         if tokio::spawn(work).await.is_err_and(|error| error.is_panic()) {
             error!(%vm, "the task of a migration has broken off; restart the agent: it takes the migration up again");
             let why = "its migration has broken off; a restart of the agent takes it up again";
-            host.vms.loan_news(vm, VmState::Unknown { why: why.to_owned() }).await;
+            // One that was still to come is no VM of this host.
+            if host.vms.has(vm) {
+                host.vms.loan_news(vm, VmState::Unknown { why: why.to_owned() }).await;
+            }
         }
     });
 }
@@ -550,6 +555,10 @@ async fn bring_home(host: &Arc<Host>, vm: VmId, guest: Option<RunningVm>, end: &
         }
         (_, OutgoingEnd::Stayed { why: Stay::Failed { message, .. } }) => {
             host.vms.give_back_ended(vm, Some(message.clone())).await;
+        }
+        (_, OutgoingEnd::Stayed { why: Stay::Reclaimed { .. } }) => {
+            let why = "it was taken back from a host that does not answer, and its memory given up";
+            host.vms.give_back_ended(vm, Some(why.to_owned())).await;
         }
         _ => host.vms.give_back_ended(vm, Some("QEMU ended during a migration".to_owned())).await,
     }

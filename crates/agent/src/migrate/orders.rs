@@ -66,7 +66,7 @@ async fn act_at(
     order(host, id, |answer| source::Order::Act(action, to, answer)).await
 }
 
-async fn order(
+pub(super) async fn order(
     host: &Arc<Host>,
     id: MigrationId,
     of: impl FnOnce(Answer) -> source::Order,

@@ -161,7 +161,7 @@ async fn incoming(host: &Arc<Host>, row: MigrationRow, runs: &[RunRecord]) -> Re
     }
     let run = runs.iter().find(|run| run.migration == Some(row.id)).cloned();
     let host = host.clone();
-    tokio::spawn(async move {
+    watch_over(&host.clone(), row.vm, async move {
         let (target, observed) = look(&host, run.as_ref()).await;
         info!(migration = %row.id, vm = %row.vm, ?observed, "an incoming migration is taken up again");
         // A QEMU that ended while nobody looked leaves its run to us: the arrival takes down only what it was given.

@@ -22,6 +22,7 @@ mod pause;
 pub(super) mod samples;
 mod serving;
 mod steering;
+mod taking_back;
 mod word;
 
 use std::future::Future;
@@ -37,7 +38,7 @@ use tracing::{debug, error};
 use whimbrel_api::agent::{OutgoingEnd, OutgoingReport, OutgoingRequest};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::error::chain;
-use whimbrel_api::migration::{LiveSettings, MigrationAction, Mode, Stay};
+use whimbrel_api::migration::{LiveSettings, MigrationAction, Mode, Statement, Stay};
 use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
 use whimbrel_migration::handoff::{
@@ -80,6 +81,8 @@ pub(super) enum Order {
     Set(LiveSettings, oneshot::Sender<Result<(), ApiError>>),
     /// What can be ordered while it runs; answered whether it fits. The address is where a destination listens anew.
     Act(MigrationAction, Option<SocketAddr>, oneshot::Sender<Result<(), ApiError>>),
+    /// Take the VM back from a destination that never returns; answered whether it can be.
+    Reclaim { statement: Statement, waits: bool, answer: oneshot::Sender<Result<(), ApiError>> },
 }
 
 /// What a departure tells to others.
@@ -261,6 +264,7 @@ impl Departure {
                 if message.body == Body::Refused {
                     self.refused_there();
                 }
+                self.lively_at = Instant::now();
                 Some(SourceInput::Receive(message))
             }
             Order::Set(settings, answer) => {
@@ -271,6 +275,12 @@ impl Departure {
             Order::Act(action, to, answer) => {
                 let _gone = answer.send(self.act_by_order(action, to));
                 None
+            }
+            Order::Reclaim { statement, waits, answer } => {
+                let taken = self.reclaim(statement, waits);
+                let input = taken.as_ref().ok().cloned().flatten();
+                let _gone = answer.send(taken.map(drop));
+                input
             }
             Order::Cancel(answer) => {
                 self.cancels.push(answer);
@@ -451,7 +461,7 @@ impl Side for Departure {
             Action::BeginCopy => self.begin_copy(),
             Action::StopCopy => self.stop_copy().await,
             Action::ResumeGuest => self.resume_guest().await,
-            Action::QuitSource => self.quit(),
+            Action::QuitSource => return self.quit(),
             Action::AcceptCancel => self.answer_cancels(true),
             Action::RefuseCancel => self.answer_cancels(false),
             Action::RaiseUnresolved => self.raise_unresolved().await,

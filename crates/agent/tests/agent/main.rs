@@ -13,6 +13,7 @@ mod pair;
 mod place;
 mod postcopy;
 mod real;
+mod reclaim;
 mod restarts;
 mod saved;
 mod sources;

@@ -314,3 +314,22 @@ pub enum OutgoingEnd {
         ask: Name,
     },
 }
+
+/// Tells a destination that could not be asked that its VM was taken back from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Superseded {
+    /// The VM.
+    pub vm: VmId,
+    /// Since which epoch it is another host's.
+    pub epoch: Epoch,
+    /// That host.
+    pub owner: Name,
+}
+
+/// What a former owner answers, once it is durable that it is none any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SupersededReport {
+    /// It still had a QEMU of the VM, against the operator's word, and has ended it.
+    pub guest_was_there: bool,
+}

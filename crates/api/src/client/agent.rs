@@ -15,8 +15,9 @@ use crate::ApiError;
 use crate::agent::{
     CertificateRequests, Handoff, HostReport, IncomingOffer, IncomingReport, IncomingRequest,
     KnockAddress, KnockConnect, KnockListen, Mobility, OutgoingReport, OutgoingRequest, Reach,
-    SharedToken, StorageReport, TokenSeen, VmReport,
+    SharedToken, StorageReport, Superseded, SupersededReport, TokenSeen, VmReport,
 };
+use crate::migration::ReclaimRequest;
 use crate::pool::{Network, Storage};
 use crate::vm::{StopRequest, VmAction, VmDefinition};
 
@@ -194,6 +195,24 @@ impl AgentClient {
     /// Cancels; `handed-over` once the guest has been given away.
     pub async fn cancel_outgoing(&self, id: MigrationId) -> Result<OutgoingReport, ApiError> {
         self.0.post(&format!("/outgoing/{id}/cancel"), &serde_json::json!({})).await
+    }
+
+    /// Takes a VM back from a destination that never returns, by an operator's word.
+    pub async fn reclaim_outgoing(
+        &self,
+        id: MigrationId,
+        request: &ReclaimRequest,
+    ) -> Result<OutgoingReport, ApiError> {
+        self.0.post(&format!("/outgoing/{id}/reclaim"), request).await
+    }
+
+    /// Tells a destination that the VM was taken back from it.
+    pub async fn superseded(
+        &self,
+        id: MigrationId,
+        said: &Superseded,
+    ) -> Result<SupersededReport, ApiError> {
+        self.0.post(&format!("/incoming/{id}/superseded"), said).await
     }
 
     /// Brings the source an answer that the direct way did not bring.

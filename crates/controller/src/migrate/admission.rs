@@ -135,6 +135,7 @@ impl Admitted {
             state: MigrationState::Running,
             settled: None,
             cancel_requested: false,
+            reclaim: None,
             verdicts: examined.verdicts,
             policy: Some(policy.name),
             strategy,

@@ -54,6 +54,7 @@ fn migration(vm: VmId, destination: &str) -> Migration {
         state: MigrationState::Running,
         settled: None,
         cancel_requested: false,
+        reclaim: None,
         verdicts: vec![],
         policy: None,
         strategy: None,

@@ -193,6 +193,7 @@ async fn a_migration_that_was_not_asked_for_yet_begins_anew_with_phases_in_order
         state: MigrationState::Running,
         settled: None,
         cancel_requested: false,
+        reclaim: None,
         progress: None,
         ended: None,
         ..cancelled

@@ -9,6 +9,7 @@ use tokio::time::sleep;
 use tracing::warn;
 use whimbrel_api::ApiError;
 use whimbrel_api::error::chain;
+use whimbrel_migration::handoff::SourceInput;
 use whimbrel_pki::qemu_credentials::{QemuSide, remove_qemu_credentials, write_qemu_credentials};
 use whimbrel_qemu::machine::RunState;
 
@@ -50,12 +51,14 @@ impl Departure {
         }
     }
 
-    /// The destination owns the guest and its disks are inactive here: nothing is left to save.
-    pub(super) fn quit(&self) {
-        let Some(guest) = &self.guest else { return };
+    /// The destination owns the guest and its disks are inactive here, or it was given up: nothing is left to save. Its end
+    /// is heard, unless there is nothing that could end.
+    pub(super) fn quit(&self) -> Option<SourceInput> {
+        let Some(guest) = &self.guest else { return Some(SourceInput::QemuGone) };
         if let Err(error) = guest.qemu.process.kill() {
             warn!(migration = %self.id, error = chain(&error), "the source's QEMU could not be ended; the sweep goes on");
         }
+        None
     }
 }
 
