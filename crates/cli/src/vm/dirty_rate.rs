@@ -73,7 +73,11 @@ fn fields(report: &DirtyRateReport) -> Vec<(String, String)> {
         CalcStatus::Measured => "2",
         CalcStatus::Unknown => "-1",
     };
-    let period = report.calc_period_ms.map(|ms| (ms as f64 / 1e3).to_string());
+    // Whole seconds, as virsh has them; QEMU 9.0 and newer tell what they measured to the millisecond.
+    let period = report.calc_period_ms.map(|ms| match ms {
+        ms if ms < 1_000 => (ms as f64 / 1e3).to_string(),
+        ms => ((ms + 500) / 1_000).to_string(),
+    });
     let fields = [
         ("calc_status", Some(status.to_owned())),
         ("calc_start_time", report.calc_start_time_seconds.map(|seconds| seconds.to_string())),
@@ -96,7 +100,7 @@ mod tests {
     #[test]
     fn the_fields_are_those_of_virsh() {
         let report: DirtyRateReport = serde_json::from_value(serde_json::json!({
-            "calc_status": "measured", "calc_start_time_seconds": 348_414, "calc_period_ms": 30_000,
+            "calc_status": "measured", "calc_start_time_seconds": 348_414, "calc_period_ms": 30_001,
             "megabytes_per_second": 2, "calc_mode": "dirty-ring",
             "vcpus": [{"vcpu": 0, "megabytes_per_second": 2}],
         }))
