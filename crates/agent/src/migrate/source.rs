@@ -56,7 +56,7 @@ use self::guest::{lay_out_credentials, remove_credentials};
 use self::pause::Pause;
 use self::samples::Samples;
 use self::serving::Rest;
-use self::steering::Steering;
+use self::steering::{Steering, Telling};
 use super::destination::LEASE_SECONDS;
 use super::driver::{Side, drive, ended, ticks};
 use super::{refused, remember_outgoing, settings};
@@ -115,10 +115,14 @@ pub(super) struct Departure {
     copying: Option<Copying>,
     /// Post-copy, from the moment that the guest's state has been sent.
     serving: Option<Rest>,
+    /// What QEMU is being told.
+    telling: FuturesUnordered<Telling>,
     asking: FuturesUnordered<Asking>,
     cancels: Vec<oneshot::Sender<bool>>,
     /// When the destination last answered anything, or took more of the guest.
     lively_at: Instant,
+    /// When the last byte of the guest was sent.
+    moved_at: Instant,
     /// A question is open whose answer will tell that the destination holds the guest.
     answer_due: bool,
     /// Until when the destination may confirm that it holds the guest.
@@ -225,10 +229,12 @@ impl Departure {
             steering,
             copying: None,
             serving: None,
+            telling: FuturesUnordered::new(),
             asking: FuturesUnordered::new(),
             answer_due: false,
             cancels: Vec::new(),
             lively_at: Instant::now(),
+            moved_at: Instant::now(),
             confirm_by: None,
             released_at,
             pause: Pause::default(),
@@ -360,6 +366,13 @@ impl Departure {
             let phase = self.report.borrow().phase;
             return Some(self.failed(phase, ErrorCode::Unreachable, message));
         }
+        // The agents may reach one another where the guest's memory does not get through.
+        if let Some(seconds) = self.stands_still_for() {
+            let message =
+                format!("nothing of the guest got through to the destination for {seconds} s");
+            let phase = self.report.borrow().phase;
+            return Some(self.failed(phase, ErrorCode::Unreachable, message));
+        }
         if self.rules.is_serving() {
             let silent = self.lively_at.elapsed() >= Duration::from_secs(SERVING_SILENT_SECONDS);
             return silent.then_some(SourceInput::Overdue);
@@ -482,6 +495,10 @@ impl Side for Departure {
         tokio::select! {
             Some(order) = ears.orders.recv() => self.ordered(order),
             Some(answer) = self.asking.next(), if !self.asking.is_empty() => self.answered(answer),
+            Some(told) = self.telling.next(), if !self.telling.is_empty() => {
+                self.was_told(told);
+                None
+            }
             copied = or_never(self.copying.as_mut()) => Some(self.copied(copied)),
             told = rest(self.serving.as_mut()) => match told {
                 RestTold::Ended(ended) => self.served(*ended),

@@ -169,6 +169,10 @@ impl Departure {
             warn!(migration = %self.id, %error, "QEMU may not lock memory; it will refuse zero-copy");
         }
         let stop_first = self.request.strategy.stop_first;
+        if stop_first {
+            self.pause.stopped = Some(now_us());
+        }
+        self.moved_at = Instant::now();
         self.copying = Some(Box::pin(copy(machine, settings, stop_first, voices)));
     }
 
@@ -205,6 +209,8 @@ impl Departure {
     /// Gives the copy up, whatever QEMU is doing.
     pub(super) async fn stop_copy(&mut self) {
         self.copying = None;
+        // What QEMU has not been told yet it is not told any more; what it has been told comes before what is told now.
+        self.telling.clear();
         let Some(guest) = &mut self.guest else { return };
         let within = Duration::from_secs(CANCEL_SECONDS);
         // A QEMU that lives and cannot be heard is waited for when the guest is to be resumed.

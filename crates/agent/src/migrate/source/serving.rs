@@ -24,11 +24,14 @@ use whimbrel_api::agent::ListenAgain;
 use whimbrel_api::error::chain;
 use whimbrel_api::migration::{PostcopyReport, PostcopyState};
 use whimbrel_api::{ApiError, ErrorCode};
-use whimbrel_migration::handoff::SourceInput;
-use whimbrel_qemu::migrate::outgoing::{Completed, Outgoing, OutgoingError, pause_postcopy};
+use whimbrel_migration::handoff::{SourceInput, Standing};
+use whimbrel_qemu::migrate::outgoing::{
+    Completed, Control, Outgoing, OutgoingError, pause_postcopy,
+};
 use whimbrel_qemu::migrate::{MigrationStatus, Statistics};
 
 use super::Departure;
+use crate::vm::RunningVm;
 
 /// How long after a failed attempt the connection is tried again, in milliseconds.
 const RECOVER_PACE_MS: u64 = 1_000;
@@ -56,6 +59,8 @@ pub(super) struct Rest {
     by_hand: bool,
     /// Why this agent gave the connection up, if it did.
     given_up: Option<&'static str>,
+    /// Since when the connection is being made again.
+    recovers_since: Option<Instant>,
 }
 
 impl Departure {
@@ -71,6 +76,7 @@ impl Departure {
             not_before: now,
             by_hand: false,
             given_up: None,
+            recovers_since: None,
         });
         let begun = Timestamp::now();
         self.report.send_modify(|report| {
@@ -87,7 +93,10 @@ impl Departure {
 
     /// Goes on where an earlier life of the agent was in post-copy.
     pub(super) async fn serve_again(&mut self) {
-        let Some(guest) = &self.guest else { return };
+        let serves =
+            |guest: &&RunningVm| matches!(guest.ownership.standing, Standing::Serving { .. });
+        let Some(guest) = self.guest.as_ref().filter(serves) else { return };
+        self.steering.control().send_replace(Some(Control::of(&guest.qemu.machine)));
         match Statistics::query(guest.qemu.machine.qmp()).await {
             Ok(seen) if seen.status.is_postcopy() => {
                 self.serve();
@@ -165,9 +174,12 @@ impl Departure {
                 warn!(migration = %self.id, "nothing moves in post-copy; its connection is given up and made again");
                 self.pause_stream();
             }
-            MigrationStatus::PostcopyActive => self.enter_postcopy_state(PostcopyState::Active),
+            MigrationStatus::PostcopyActive => {
+                rest.recovers_since = None;
+                self.enter_postcopy_state(PostcopyState::Active);
+            }
             MigrationStatus::PostcopyPaused => {
-                rest.moved_at = Instant::now();
+                (rest.moved_at, rest.recovers_since) = (Instant::now(), None);
                 // QEMU would say of either that its user wanted it.
                 let why = match (by_hand, rest.given_up, &statistics.error_desc) {
                     (true, ..) => "an order".to_owned(),
@@ -182,7 +194,16 @@ impl Departure {
             }
             MigrationStatus::PostcopyRecover | MigrationStatus::PostcopyRecoverSetup => {
                 rest.moved_at = Instant::now();
+                let since = *rest.recovers_since.get_or_insert_with(Instant::now);
                 self.enter_postcopy_state(PostcopyState::Recovering);
+                if since.elapsed() >= Duration::from_secs(2 * RECOVER_SECONDS) {
+                    // The way was lost again in the middle of it. 10.0 is paused by this, and tried again; 7.2 refuses.
+                    if let Some(rest) = self.serving.as_mut() {
+                        rest.recovers_since = Some(Instant::now());
+                    }
+                    warn!(migration = %self.id, "post-copy's new connection does not come about; it is given up");
+                    self.pause_stream();
+                }
             }
             _ => {}
         }
@@ -191,10 +212,11 @@ impl Departure {
     fn enter_postcopy_state(&mut self, state: PostcopyState) {
         self.report.send_if_modified(|report| {
             let Some(postcopy) = &mut report.postcopy else { return false };
-            let new = std::mem::discriminant(&postcopy.state) != std::mem::discriminant(&state);
-            if new {
-                (postcopy.state, postcopy.since) = (state, Timestamp::now());
+            let new = postcopy.state != state;
+            if std::mem::discriminant(&postcopy.state) != std::mem::discriminant(&state) {
+                postcopy.since = Timestamp::now();
             }
+            postcopy.state = state;
             new
         });
     }
@@ -255,9 +277,18 @@ impl Departure {
     /// Post-copy is held, by order.
     pub(super) fn order_pause(&mut self) -> Result<(), ApiError> {
         let refusal = self.no_fit("hold post-copy");
-        let Some(rest) = self.serving.as_mut() else { return Err(refusal) };
-        rest.by_hand = true;
-        self.pause_stream();
+        let flows = matches!(
+            self.report.borrow().postcopy.as_ref().map(|postcopy| &postcopy.state),
+            Some(PostcopyState::Active)
+        );
+        match self.serving.as_mut() {
+            // A connection that is lost is kept so, and not made again.
+            Some(rest) => rest.by_hand = true,
+            None => return Err(refusal),
+        }
+        if flows {
+            self.pause_stream();
+        }
         Ok(())
     }
 
@@ -284,7 +315,7 @@ impl Departure {
         let refusal = self.no_fit("recover post-copy");
         let paused = matches!(
             self.report.borrow().postcopy.as_ref().map(|postcopy| &postcopy.state),
-            Some(PostcopyState::Paused { .. })
+            Some(PostcopyState::Paused { .. } | PostcopyState::Recovering)
         );
         match self.serving.as_mut() {
             Some(rest) if paused => {

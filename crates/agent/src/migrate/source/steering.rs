@@ -7,6 +7,7 @@
 //! QEMU's figures. Not here: the choice before the start (the controller), and the handoff.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -17,10 +18,10 @@ use whimbrel_api::migration::{
     DECISIONS_MAX, Decision, Forecast, LiveSettings, PostcopyBegin, Strategy, Timeout,
     TimeoutAction,
 };
-use whimbrel_api::{ApiError, ErrorCode};
+use whimbrel_api::{ApiError, ErrorCode, Phase};
 use whimbrel_migration::forecast::{Bottleneck, Convergence};
 use whimbrel_migration::strategy::{
-    Allowed, Observed, PASSES_KEPT, PassSeen, Rung, Step, StepUp, replan,
+    Allowed, Observed, PASSES_KEPT, PassSeen, Rejection, Rung, Step, StepUp, replan,
 };
 use whimbrel_qemu::migrate::outgoing::Control;
 use whimbrel_qemu::migrate::{LiveChange, Statistics};
@@ -30,7 +31,30 @@ use super::Departure;
 use super::copy::hold;
 use super::pause::now_us;
 use super::samples::{dirty_bytes_per_s, progress};
+use crate::migrate::destination::LEASE_SECONDS;
 use crate::migrate::settings::{change, throttle};
+
+/// How long nothing of a guest may be sent that is held for it, in seconds; longer than a connection may take to be made.
+const HELD_STILL_SECONDS: u64 = 8;
+
+/// What QEMU is told on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Other limits.
+    Limits,
+    /// The guest stands still from now on.
+    Stop,
+    /// The guest stands still, and post-copy begins.
+    Postcopy,
+    /// The guest runs on, since an order was not taken.
+    GoOn,
+}
+
+/// An order, and whether QEMU has taken it.
+pub(super) type Told = (Order, Result<(), QmpError>);
+
+/// An order under way.
+pub(super) type Telling = Pin<Box<dyn Future<Output = Told> + Send>>;
 
 /// What is known of a copy's course, and may be done about it.
 pub(super) struct Steering {
@@ -187,7 +211,7 @@ impl Departure {
             let before = sent(report);
             report.progress = Some(progress);
             if sent(report) != before {
-                self.lively_at = Instant::now();
+                (self.lively_at, self.moved_at) = (Instant::now(), Instant::now());
             }
             phase = report.phase;
         });
@@ -207,6 +231,16 @@ impl Departure {
         {
             self.take_step(step);
         }
+    }
+
+    /// Whether nothing of the guest has been sent for longer than it can be waited for: how long that was, in seconds.
+    pub(super) fn stands_still_for(&self) -> Option<u64> {
+        let held = self.steering.past_choice && self.pause.stopped.is_some();
+        let most = if held { HELD_STILL_SECONDS } else { LEASE_SECONDS };
+        // In the last pass QEMU is not asked for figures, and has a limit of its own.
+        let goes = self.copying.is_some() && self.report.borrow().phase == Phase::Precopy;
+        let still = goes && self.moved_at.elapsed() >= Duration::from_secs(most);
+        still.then_some(most)
     }
 
     /// Whether memory goes while the guest runs, and QEMU can be told how.
@@ -232,19 +266,13 @@ impl Departure {
             Step::Nothing => self.steering.exhausted = true,
         }
         self.steering.strategy = strategy.clone();
-        self.report.send_modify(|report| {
-            report.strategy = Some(strategy);
-            if report.decisions.len() >= DECISIONS_MAX {
-                // The first ones and the latest are kept.
-                report.decisions.remove(DECISIONS_MAX / 2);
-            }
-            report.decisions.push(decision);
-        });
+        self.report.send_modify(|report| report.strategy = Some(strategy));
+        self.decided(decision);
     }
 
     fn change(&self, change: LiveChange) {
         let Some(control) = self.steering.handle() else { return };
-        self.tell("another setting", async move { control.set_live(&change).await });
+        self.tell(Order::Limits, async move { control.set_live(&change).await });
     }
 
     /// The guest stands still until the rest is sent.
@@ -253,7 +281,7 @@ impl Departure {
         self.steering.past_choice = true;
         self.pause.stopped.get_or_insert_with(now_us);
         let machine = guest.qemu.machine.clone();
-        self.tell("the stop of its guest", async move { hold(&machine).await });
+        self.tell(Order::Stop, async move { hold(&machine).await });
     }
 
     /// The guest is stopped by us, and then QEMU turns to post-copy: a guest that QEMU stops itself for it, QEMU may let run
@@ -262,23 +290,52 @@ impl Departure {
         let (Some(guest), Some(control)) = (&self.guest, self.steering.handle()) else { return };
         self.steering.past_choice = true;
         let machine = guest.qemu.machine.clone();
-        self.tell("post-copy", async move {
+        self.tell(Order::Postcopy, async move {
             hold(&machine).await?;
             control.start_postcopy().await
         });
     }
 
-    /// Tells QEMU beside the driver. What it does not take leaves the copy as it is, which its figures show.
+    /// Tells QEMU beside the driver, which hears what came of it. Nothing that was told outlives the copy: a guest that
+    /// was resumed must not be stopped by an order that comes late ([`Departure::stop_copy`]).
     fn tell(
         &self,
-        what: &'static str,
-        order: impl Future<Output = Result<(), QmpError>> + Send + 'static,
+        order: Order,
+        telling: impl Future<Output = Result<(), QmpError>> + Send + 'static,
     ) {
-        let id = self.id;
-        tokio::spawn(async move {
-            if let Err(error) = order.await {
-                warn!(migration = %id, what, error = chain(&error), "QEMU did not take an order");
+        self.telling.push(Box::pin(async move { (order, telling.await) }));
+    }
+
+    /// QEMU has taken an order, or not. One for a step that it did not take leaves the way open for another.
+    pub(super) fn was_told(&mut self, (order, taken): Told) {
+        let Err(error) = taken else { return };
+        warn!(migration = %self.id, ?order, error = chain(&error), "QEMU did not take an order");
+        let what = match order {
+            Order::Limits | Order::GoOn => return,
+            Order::Stop => "stopping the guest",
+            Order::Postcopy => "post-copy",
+        };
+        let Some(guest) = self.guest.as_ref().filter(|_| self.copies()) else { return };
+        self.steering.past_choice = self.request.strategy.stop_first;
+        self.pause.stopped = None;
+        let machine = guest.qemu.machine.clone();
+        // It may stand still for an order that was not carried out to its end.
+        self.tell(Order::GoOn, async move { machine.cont().await });
+        let rejected = Rejection { what: what.to_owned(), why: chain(&error) };
+        self.decided(Decision {
+            measured: "the answer of the source's QEMU".to_owned(),
+            chosen: "to go on as before".to_owned(),
+            rejected: vec![rejected],
+        });
+    }
+
+    fn decided(&self, decision: Decision) {
+        self.report.send_modify(|report| {
+            if report.decisions.len() >= DECISIONS_MAX {
+                // The first ones and the latest are kept.
+                report.decisions.remove(DECISIONS_MAX / 2);
             }
+            report.decisions.push(decision);
         });
     }
 
