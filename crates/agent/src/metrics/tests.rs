@@ -1,3 +1,5 @@
+//! What is told of a host, and that dashboard, alerts and words keep to it. No agent runs here.
+
 use whimbrel_api::metrics::disagreements;
 use whimbrel_api::migration::PostcopyReport;
 use whimbrel_api::vm::VmState;

@@ -1,3 +1,5 @@
+//! What is told of a pool, and that dashboard, alerts, manual and words keep to it. No controller runs here.
+
 use whimbrel_api::metrics::disagreements;
 use whimbrel_api::migration::{PostcopyReport, PostcopyState, Progress};
 use whimbrel_migration::phase::Outcome;
