@@ -22,6 +22,7 @@ mod knock;
 mod orders;
 mod reclaim;
 mod recover;
+mod resuming;
 mod settings;
 mod source;
 

@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use whimbrel_api::agent::{IncomingReport, NewAddress};
 use whimbrel_api::error::chain;
 use whimbrel_api::{ApiError, ErrorCode};
-use whimbrel_migration::handoff::{DestinationInput, RESEND_INTERVAL_MS, Standing};
+use whimbrel_migration::handoff::{DestinationInput, Standing};
 use whimbrel_qemu::machine::Machine;
 use whimbrel_qemu::migrate::incoming::{self, IncomingError, Loaded};
 use whimbrel_qemu::migrate::outgoing::pause_postcopy;
@@ -28,6 +28,7 @@ use whimbrel_qemu::qmp::QmpError;
 use super::Arrival;
 use crate::host::Host;
 use crate::migrate::migration_ip;
+use crate::migrate::resuming::{Was, resume};
 use crate::vm::Spawned;
 
 /// How long QEMU may take to give a lost connection up and to listen anew, in seconds.
@@ -132,17 +133,10 @@ impl Arrival {
         }
     }
 
-    /// The guest shall run, after a restart of the agent: `cont`, until it is taken or QEMU has ended.
+    /// The guest shall run, after a restart of the agent; the rest of its memory comes meanwhile.
     pub(super) async fn resume_guest(&mut self) {
-        let Some(target) = &self.target else { return };
-        while target.process.exited().is_none() {
-            if target.machine.status().await.is_ok_and(|status| status.running) {
-                return;
-            }
-            if let Err(error) = target.machine.cont().await {
-                warn!(migration = %self.id, error = chain(&error), "the guest could not be resumed; trying again");
-                sleep(Duration::from_millis(RESEND_INTERVAL_MS)).await;
-            }
+        if let Some(target) = &mut self.target {
+            resume(&self.host, target, self.id, Was::Fetching).await;
         }
     }
 
