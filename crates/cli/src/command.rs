@@ -11,8 +11,8 @@ use whimbrel_api::client::PoolClient;
 
 use crate::failure::Failure;
 use crate::{
-    agent, connect, controller, demo, host, lab, migrate, migration, network, plan, policy, pool,
-    runtime, storage, vm,
+    agent, connect, controller, demo, host, lab, man, migrate, migration, network, plan, policy,
+    pool, runtime, storage, vm,
 };
 
 const AFTER_HELP: &str = "\
@@ -108,6 +108,7 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Lab(lab::Lab),
     Demo(demo::Demo),
+    Man(man::Man),
 }
 
 /// Carries a command out. Success is what its exit code says: only `lab exec` has another one than 0.
@@ -127,6 +128,7 @@ pub(crate) fn run(command: Command, options: &Options) -> Result<ExitCode, Failu
         Command::Controller(command) => runtime::serve(command.run()).map(done),
         Command::Lab(command) => runtime::block_on(command.run(options)),
         Command::Demo(command) => runtime::block_on(command.run(options)).map(done),
+        Command::Man(command) => command.run(options).map(done),
     }
 }
 

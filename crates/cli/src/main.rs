@@ -11,6 +11,7 @@ mod failure;
 mod follow;
 mod host;
 mod lab;
+mod man;
 mod migrate;
 mod migration;
 mod network;

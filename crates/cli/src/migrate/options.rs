@@ -46,7 +46,7 @@ impl MoveOptions {
 }
 
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Way (auto without any: live, by the cheapest means that will do)")]
+#[command(next_help_heading = "Way")]
 struct Way {
     /// Live or not at all
     ///
