@@ -326,6 +326,20 @@ impl FakeAgent {
         });
     }
 
+    /// Lets it run a VM that comes, whose memory is not all there.
+    pub fn fetches(&self, id: MigrationId, epoch: Epoch) {
+        self.world.with(&self.name, |state| {
+            if let Some(incoming) = state.incoming.get_mut(&id) {
+                incoming.report = IncomingReport::Fetching { epoch };
+            }
+        });
+    }
+
+    /// Lets it not know any more that it sends a VM.
+    pub fn forget_outgoing(&self, id: MigrationId) {
+        self.world.with(&self.name, |state| state.outgoing.remove(&id));
+    }
+
     /// Lets all memory of a post-copy be there.
     pub fn end_postcopy(&self, id: MigrationId) {
         self.world.with(&self.name, |state| {

@@ -57,7 +57,7 @@ const PREPARE_AGAIN_MAX: u32 = 3;
 const RELAY_AFTER_MS: u64 = 1_000;
 
 /// How long a host whose word is needed may be silent, in seconds, before the migration is told to be unresolved. It is asked on.
-const SILENT_SECONDS: u64 = 30;
+const SILENT_SECONDS: u64 = if cfg!(test) { 2 } else { 30 };
 
 /// How the copying ended, as the two agents have settled it.
 enum Settled {
@@ -152,7 +152,12 @@ async fn whereabouts(page: &mut Page) -> Whereabouts {
                     Ok(IncomingReport::Refused { why }) => {
                         Some(Settled::Stayed(Stay::DestinationRefused { message: why }))
                     }
-                    Ok(IncomingReport::Fetching { .. }) => None,
+                    // It runs there, and whoever has the rest of its memory has forgotten it: only the destination will tell.
+                    Ok(IncomingReport::Fetching { .. }) => {
+                        let ask = page.record.destination.clone();
+                        silence.goes_on(page, ask).await;
+                        None
+                    }
                     Ok(IncomingReport::Waiting | IncomingReport::None) => {
                         return Whereabouts::NotAsked;
                     }
@@ -260,16 +265,17 @@ async fn prepare(page: &mut Page) -> Result<IncomingOffer, Stay> {
 /// Postcondition: one of the two agents has said how it ended. There is no error: until one of them has, the page asks.
 async fn follow(page: &mut Page, order: OutgoingRequest) -> Settled {
     let mut silence = Silence::begin();
+    let mut begun = false;
     loop {
         match page.source().put_outgoing(page.record.id, &order).await {
             Ok(report) => {
+                begun = true;
                 if let Some(settled) = watch(page, report).await {
                     return settled;
                 }
                 silence = Silence::begin();
             }
-            // Nothing was begun there: the source says no to an order that it does not know yet.
-            Err(error) if error.is_refusal() => {
+            Err(error) if error.is_refusal() && !begun && knows_nothing(page).await => {
                 return Settled::Stayed(failed(Phase::Precopy, &error));
             }
             Err(error) => {
@@ -282,9 +288,16 @@ async fn follow(page: &mut Page, order: OutgoingRequest) -> Settled {
     }
 }
 
-/// The source does not answer: perhaps the destination knows the end.
+/// Whether the source, which says no to an order, has never begun with it: an earlier asking may have been heard without an
+/// answer, and one that was taken up may be refused after a restart.
+async fn knows_nothing(page: &Page) -> bool {
+    let asked = page.source().outgoing(page.record.id).await;
+    asked.is_err_and(|error| error.code == ErrorCode::NotFound)
+}
+
+/// The source does not answer, or denies what it has told: perhaps the destination knows the end.
 async fn without_source(page: &mut Page, error: &ApiError, silence: &Silence) -> Option<Settled> {
-    tracing::warn!(migration = %page.record.id, %error, "the source does not answer; asking on");
+    tracing::warn!(migration = %page.record.id, %error, "the source does not say how it is; asking on");
     let settled = settled_by_destination(page, error).await;
     if settled.is_none() {
         let ask = page.record.source.clone();

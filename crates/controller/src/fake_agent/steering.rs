@@ -136,10 +136,19 @@ async fn recover(
 ) -> Result<Json<OutgoingReport>, ApiError> {
     order(&host, id, |outgoing| {
         in_phase(outgoing, Phase::Postcopy)?;
-        if recovery.address.is_none() {
-            return Err(ApiError::new(ErrorCode::Unreachable, "a fake source asks nobody"));
+        let paused = outgoing
+            .report
+            .borrow()
+            .postcopy
+            .as_ref()
+            .is_some_and(|postcopy| matches!(postcopy.state, PostcopyState::Paused { .. }));
+        if !paused {
+            return Err(ApiError::new(ErrorCode::WrongState, "post-copy is not paused"));
         }
-        tell(outgoing, PostcopyState::Active);
+        // A fake source asks nobody where to go.
+        if recovery.address.is_some() {
+            tell(outgoing, PostcopyState::Active);
+        }
         Ok(())
     })
 }

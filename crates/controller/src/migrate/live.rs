@@ -6,8 +6,10 @@
 //! reports.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use whimbrel_api::agent::{ListenAgain, OutgoingReport, RecoverOrder};
+use whimbrel_api::client::AgentClient;
 use whimbrel_api::migration::{
     LiveSettings, Migration, MigrationAction, MigrationState, MigrationStatistics, PostcopyState,
 };
@@ -15,6 +17,12 @@ use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
 
 use crate::store::is_active;
 use crate::{Controller, policies};
+
+/// How long a source is left alone with a lost connection, in seconds, before the controller asks the destination for it: longer
+/// than its own asking takes to fail where no way leads there.
+const RECOVER_ALONE_SECONDS: u64 = 7;
+/// Pause between two looks at it meanwhile, in milliseconds.
+const RECOVER_LOOK_MS: u64 = 250;
 
 /// Changes a running migration.
 pub async fn set(
@@ -51,16 +59,40 @@ pub async fn act(
     fits(&record, action)?;
     let source = controller.agent(&record.source)?;
     let report = match action {
-        MigrationAction::Recover => {
-            // The source asks by itself where it reaches the destination; the controller may reach it where the source does not.
-            let destination = controller.agent(&record.destination)?;
-            let again = destination.listen_again(id, &ListenAgain::default()).await;
-            let address = again.ok().map(|listening| listening.address);
-            source.recover_outgoing(id, &RecoverOrder { address }).await?
-        }
+        MigrationAction::Recover => recover(controller, &record, &source).await?,
         _ => source.outgoing_action(id, action).await?,
     };
     answered(controller, id, &report).await
+}
+
+/// Lets the source make a lost connection again.
+///
+/// By the source's word, and not by the record's, which may be older: a destination that listens anew gives up the connection
+/// that it has. So the source is asked first, and asks the destination by itself. Only where it stays paused, the controller asks
+/// for it: it may reach a destination that the source does not.
+async fn recover(
+    controller: &Controller,
+    record: &Migration,
+    source: &AgentClient,
+) -> Result<OutgoingReport, ApiError> {
+    let mut report = source.recover_outgoing(record.id, &RecoverOrder { address: None }).await?;
+    let until = Instant::now() + Duration::from_secs(RECOVER_ALONE_SECONDS);
+    while is_paused(&report) && Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(RECOVER_LOOK_MS)).await;
+        report = source.outgoing(record.id).await?;
+    }
+    if !is_paused(&report) {
+        return Ok(report);
+    }
+    let destination = controller.agent(&record.destination)?;
+    let listening = destination.listen_again(record.id, &ListenAgain::default()).await?;
+    let there = RecoverOrder { address: Some(listening.address) };
+    source.recover_outgoing(record.id, &there).await
+}
+
+fn is_paused(report: &OutgoingReport) -> bool {
+    let postcopy = report.postcopy.as_ref().map(|postcopy| &postcopy.state);
+    matches!(postcopy, Some(PostcopyState::Paused { .. }))
 }
 
 /// The record as it is after the source's answer. The page takes the same report over; whoever asked need not wait for it.

@@ -6,7 +6,7 @@ use whimbrel_api::migration::{
     MigrateOptions, MigrateRequest, Migration, MigrationState, PhaseStart, Stay,
 };
 use whimbrel_api::vm::VmAction;
-use whimbrel_api::{Epoch, ErrorCode, MigrationId, Phase};
+use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Phase};
 
 use super::rig::{Rig, eventually, name};
 use crate::fake_agent::{FakeAgent, Pace};
@@ -252,4 +252,35 @@ async fn a_source_that_is_cut_off_while_it_is_watched_is_asked_again() {
     rig.client.migrate(&request).await.unwrap();
     assert_eq!(follow(&rig, request.id).await.state, MigrationState::Moved);
     eventually(|| async { a.is_swept() && b.is_swept() }).await;
+}
+
+#[tokio::test]
+async fn a_source_that_denies_what_it_began_is_not_taken_at_its_word() {
+    let (rig, a, _b) = two_hosts().await;
+    rig.world.set_pace(Pace::Moves(Duration::from_millis(50)));
+    a.swallow_next("GET /v1/outgoing");
+    let request = to("host-b");
+    rig.client.migrate(&request).await.unwrap();
+    eventually(|| async { a.called("PUT /v1/outgoing") > 0 }).await;
+    // As one that was restarted, could not take the migration up, and to which the permission is too old by now.
+    a.refuse_next("PUT /v1/outgoing", ApiError::new(ErrorCode::NotAllowed, "the grant is old"));
+    let record = follow(&rig, request.id).await;
+    assert_eq!(record.state, MigrationState::Moved, "{record:?}");
+    assert_eq!(rig.client.vm("web01").await.unwrap().host.as_str(), "host-b");
+}
+
+#[tokio::test]
+async fn a_source_that_has_forgotten_what_its_destination_still_fetches_is_told() {
+    let (mut rig, a, b) = two_hosts().await;
+    rig.world.set_pace(Pace::Hangs);
+    let request = to("host-b");
+    rig.client.migrate(&request).await.unwrap();
+    eventually(|| async { a.outgoing_request(request.id).is_some() }).await;
+    rig.stop().await;
+    b.fetches(request.id, Epoch(2));
+    a.forget_outgoing(request.id);
+    rig.start().await;
+    let found = async || rig.client.migration(request.id).await.unwrap().state;
+    let unresolved = MigrationState::Unresolved { ask: name("host-b") };
+    eventually(|| async { found().await == unresolved }).await;
 }

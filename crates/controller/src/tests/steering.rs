@@ -4,7 +4,7 @@ use whimbrel_api::migration::{
     DECISIONS_MAX, Decision, LiveSettings, Migration, MigrationAction, MigrationState, Postcopy,
     PostcopyState,
 };
-use whimbrel_api::{ErrorCode, MigrationId, Phase};
+use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
 
 use super::migrations::{follow, to, two_hosts};
 use super::rig::{Rig, eventually};
@@ -107,6 +107,11 @@ async fn post_copy_is_held_broken_recovered_and_ends() {
     rig.restart().await;
     let told = record(&rig, id).await.postcopy.unwrap().state;
     assert!(matches!(told, PostcopyState::Paused { by_hand: false, .. }), "{told:?}");
+    // The source knows better than the record, and a destination is not made to give up a good connection.
+    let flows = ApiError::new(ErrorCode::WrongState, "post-copy is not paused");
+    a.refuse_next("POST /v1/outgoing", flows);
+    assert_eq!(refused(&rig, id, MigrationAction::Recover).await, ErrorCode::WrongState);
+    assert_eq!(b.called("POST /v1/incoming"), 0);
     rig.client.migration_action(id, MigrationAction::Recover).await.unwrap();
     assert_eq!(b.called("POST /v1/incoming"), 1, "the destination was asked to listen anew");
     eventually(|| async { record(&rig, id).await.postcopy.unwrap().recoveries == 1 }).await;
