@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 use whimbrel_agent::config::{AcceleratorChoice, AgentConfig};
 use whimbrel_agent::join::JoinError;
+use whimbrel_agent::sources::AllowedSource;
 use whimbrel_api::Name;
 
 use crate::failure::Failure;
@@ -34,6 +35,7 @@ A file has the same settings:
   listen = \"192.0.2.11:8441\"
   migration_address = \"10.0.0.11\"          # where other hosts' QEMUs connect to; that of `listen` without it
   migration_ports = [49152, 49215]
+  migration_sources = []                   # who may send guests here; [] for every host
   qemu_user = [65534, 65534]               # the unprivileged user and group that QEMU runs as
   engines = [\"/usr/bin/qemu-system-x86_64\"]
   accelerator = \"auto\"                     # or kvm, tcg")]
@@ -70,6 +72,10 @@ struct Settings {
     /// First and last port for QEMU to listen on; 49152-49215 without it
     #[arg(long, value_name = "FIRST-LAST", value_parser = ports)]
     migration_ports: Option<(u16, u16)>,
+    /// Who may send guests here: a host's name, an address, or a network such as 192.0.2.0/24; may be repeated. Every host
+    /// of the pool without it
+    #[arg(long, value_name = "SOURCE")]
+    migration_source: Vec<AllowedSource>,
     /// The unprivileged user and group that QEMU runs as, by number; nobody and the group of /dev/kvm without it
     #[arg(long, value_name = "UID:GID", value_parser = user)]
     qemu_user: Option<(u32, u32)>,
@@ -112,6 +118,7 @@ impl Settings {
             advertise: self.advertise,
             migration_address: self.migration_address,
             migration_ports: self.migration_ports.unwrap_or(defaults.migration_ports),
+            migration_sources: self.migration_source,
             qemu_user: self.qemu_user.unwrap_or(defaults.qemu_user),
             engines: if self.engine.is_empty() { defaults.engines } else { self.engine },
             accelerator: self.accelerator,
