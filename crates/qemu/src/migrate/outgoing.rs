@@ -269,6 +269,7 @@ impl Outgoing {
         wake(machine)
             .await
             .map_err(step("a paused guest that arrived, or was to leave, before"))?;
+        clear(machine).await.map_err(step("settings of an earlier migration"))?;
         let on = settings.capabilities(features);
         set_capabilities(machine, &on).await.map_err(step("capabilities"))?;
 
@@ -591,6 +592,13 @@ pub(super) async fn wake(machine: &Machine) -> Result<(), QmpError> {
     Ok(())
 }
 
+/// Takes capabilities and parameters back. Before others are set, too: QEMU (7.2, 10.0) judges a new capability by the
+/// parameters of the last migration, also one by which the guest came, and refuses zero-copy or a mapped file for its TLS.
+pub(super) async fn clear(machine: &Machine) -> Result<(), QmpError> {
+    set_capabilities(machine, &[]).await?;
+    set_parameters(machine, default_parameters(machine.features())).await
+}
+
 /// Takes back what [`Outgoing::start`] set, after a migration that is over, so that nothing of it
 /// is left. Refused by QEMU while one is under way.
 ///
@@ -599,8 +607,6 @@ pub(super) async fn wake(machine: &Machine) -> Result<(), QmpError> {
 /// [`OutgoingError::Prepare`].
 pub async fn reset(machine: &Machine) -> Result<(), OutgoingError> {
     let step = |step| move |source| OutgoingError::Prepare { step, source };
-    set_capabilities(machine, &[]).await.map_err(step("capabilities of the last try"))?;
-    let parameters = default_parameters(machine.features());
-    set_parameters(machine, parameters).await.map_err(step("parameters of the last try"))?;
+    clear(machine).await.map_err(step("settings of the last try"))?;
     tls::remove(machine).await.map_err(step("TLS credentials of the last try"))
 }

@@ -108,6 +108,7 @@ pub async fn save(
         return Err(SaveError::NotStopped { run_state: status.run_state });
     }
     outgoing::wake(machine).await.map_err(step("a guest that arrived, or was to leave, before"))?;
+    outgoing::clear(machine).await.map_err(step("settings of an earlier migration"))?;
     let mut on = vec!["events"];
     on.extend(machine.features().validate_uuid.then_some("validate-uuid"));
     on.extend(layout.capabilities());
