@@ -474,7 +474,10 @@ impl Side for Departure {
             Action::BeginCopy => self.begin_copy(),
             Action::StopCopy => self.stop_copy().await,
             Action::ResumeGuest => self.resume_guest().await,
-            Action::QuitSource => return self.quit(),
+            Action::QuitSource => {
+                self.hear_last_word().await;
+                return self.quit();
+            }
             Action::AcceptCancel => self.answer_cancels(true),
             Action::RefuseCancel => self.answer_cancels(false),
             Action::RaiseUnresolved => self.raise_unresolved().await,

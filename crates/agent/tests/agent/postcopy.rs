@@ -78,6 +78,8 @@ impl Pair {
         assert_eq!(self.b.processes().len(), 1);
         self.calls.block_on(async {
             eventually(async || standing(b, one.vm).await == Some(Standing::Owned)).await;
+            let report = self.client(&self.a).outgoing(one.id).await.unwrap();
+            assert_eq!(report.postcopy.unwrap().state, PostcopyState::Done);
             let reported = self.client(&self.b).incoming(one.id).await.unwrap();
             assert!(matches!(reported, IncomingReport::Owned { .. }), "{reported:?}");
         });
@@ -149,6 +151,25 @@ fn postcopy_begins_by_itself_after_the_first_pass_or_in_time() {
         });
         pair.ends_moved(&one, (&a, &b));
     });
+}
+
+#[test]
+fn a_paused_vm_moves_before_its_memory_and_stays_paused() {
+    for versions in [("7.2", "7.2"), ("10.0", "10.0")] {
+        with_pair_of(versions, |pair, a, b| {
+            let vm = pair.vm_on(&a);
+            pair.calls.block_on(a.host.vms.act(vm, VmAction::Pause, false)).unwrap();
+            let one = pair.calls.block_on(pair.serving(vm, &a));
+            pair.a.faults("");
+            assert_eq!(pair.calls.block_on(pair.end(&one, &pair.a)), OutgoingEnd::Moved);
+            pair.calls.block_on(eventually(async || {
+                b.host.vms.report(vm).is_ok_and(|report| report.state == VmState::Paused)
+            }));
+            pair.assert_clean(&pair.a, &a);
+            let resumed = pair.calls.block_on(b.host.vms.act(vm, VmAction::Resume, false));
+            assert_eq!(resumed.unwrap().state, VmState::Running);
+        });
+    }
 }
 
 #[test]

@@ -18,7 +18,7 @@ use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 use whimbrel_api::agent::ListenAgain;
 use whimbrel_api::error::chain;
@@ -42,6 +42,8 @@ const RECOVER_SECONDS: u64 = 10;
 const HANGING_SECONDS: u64 = 5;
 /// How soon a question is repeated that QEMU did not answer, in milliseconds.
 const ASK_AGAIN_MS: u64 = 500;
+/// How long QEMU may take, in milliseconds, to say that all has come, before it is ended without that.
+const LAST_WORD_MS: u64 = 500;
 
 type Serving = Pin<Box<dyn Future<Output = Result<Completed, OutgoingError>> + Send>>;
 type Recovering = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
@@ -155,6 +157,16 @@ impl Departure {
                 }
                 None
             }
+        }
+    }
+
+    /// The destination needs nothing more. Most often it has said so a moment before QEMU here knows that all has come.
+    pub(super) async fn hear_last_word(&mut self) {
+        let Some(rest) = self.serving.as_mut().filter(|rest| !rest.by_hand) else { return };
+        let within = Duration::from_millis(LAST_WORD_MS);
+        if let Ok(ended) = timeout(within, &mut rest.whole).await {
+            // The rules know it from the destination.
+            let _known = self.served(ended);
         }
     }
 
