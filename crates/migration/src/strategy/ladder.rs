@@ -174,7 +174,7 @@ impl<'a> Climb<'a> {
             rejected.push(Rejection {
                 what: Rung::Compression.as_words().to_owned(),
                 why: format!(
-                    "{} holds it back, not the network",
+                    "what holds it back is {}, not the network",
                     fastest.forecast.bottleneck.as_words()
                 ),
             });
