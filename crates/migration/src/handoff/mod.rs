@@ -186,6 +186,12 @@
 //! `QemuGone` is given whenever the host's own QEMU of this VM has ended, asked for or not.
 //! Nobody else may start, continue or kill the VM's QEMU while a machine lives.
 //!
+//! A VM that is stopped passes by the same rules, with no QEMU at either end: the drivers answer
+//! `BeginCopy` with `Completed`, `StartTarget` with `Loaded`, `CloseListeners` with `ListenersClosed`,
+//! `ContinueGuest` with `Continued` and `KillTarget` with `QemuGone`, and write the definition in one
+//! with `Owned`. After a restart nothing is there ([`Observed::Gone`]), so a destination that was only
+//! ready refuses, as it may have done before.
+//!
 //! With post-copy the driver owes three proofs more: QEMU's words say less than they seem to.
 //! - `StateSent`: QEMU is `postcopy-active` before it sends the state, and may yet fail in sending
 //!   it. Only memory that it sent in post-copy (`postcopy-bytes` above 0), or `completed`, proves that the state has gone.

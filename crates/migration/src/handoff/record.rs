@@ -24,8 +24,10 @@ pub struct Claim {
     pub epoch: Epoch,
 }
 
-/// Whether the VM's user wants the guest to run. A migration never changes it: a guest paused by
-/// its user arrives paused.
+/// Whether the VM's user wants the guest to run. A migration does not change it: a guest paused by
+/// its user arrives paused. Only a user who wants the guest to arrive paused changes it on the way:
+/// the source's driver says `Pause` in every GO of that migration, and the destination writes it down
+/// with `Owned`. The source's own records keep what holds if the guest stays.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
 )]
