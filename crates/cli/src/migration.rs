@@ -1,5 +1,6 @@
 //! `whimbrel migration`: looks at migrations, steers and cancels them. All that is known of one is in [`show`].
 
+mod reclaim;
 mod show;
 
 pub(crate) use self::show::converges;
@@ -100,6 +101,7 @@ Examples:
 Examples:
   whimbrel migration force-complete 01890a5d-ac96-774b-bcce-b302099a8057")]
     ForceComplete(Which),
+    Reclaim(self::reclaim::Reclaim),
 }
 
 /// A migration.
@@ -181,6 +183,7 @@ impl Migration {
             Self::ForceComplete(which) => {
                 act(options, which.id, MigrationAction::ForceComplete).await
             }
+            Self::Reclaim(command) => command.run(options).await,
         }
     }
 }

@@ -13,6 +13,7 @@
 mod calls;
 mod measuring;
 mod moves;
+mod reclaim;
 mod steering;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -42,7 +42,8 @@ const SENT_BOUNDS_BYTES: [f64; 9] = [
 /// How a migration can end.
 const OUTCOMES: [&str; 2] = ["moved", "stayed"];
 /// Why a VM can have stayed.
-const CAUSES: [&str; 4] = ["cancelled", "failed", "destination-refused", "guest-powered-off"];
+const CAUSES: [&str; 5] =
+    ["cancelled", "failed", "destination-refused", "guest-powered-off", "reclaimed"];
 /// How the contact with a host can be.
 const CONTACTS: [&str; 3] = ["joining", "ready", "unreachable"];
 /// The states of a VM as the pool knows them.

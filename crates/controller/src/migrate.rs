@@ -25,6 +25,7 @@ mod admission;
 pub(crate) mod examine;
 mod live;
 mod page;
+mod reclaim;
 mod relay;
 mod sweep;
 
@@ -46,7 +47,9 @@ use crate::store::is_active;
 pub use admission::admit;
 pub use live::{act, set, statistics};
 pub(crate) use page::Running;
-use page::{Page, failed};
+pub use reclaim::reclaim;
+
+use page::{Page, Wish, failed};
 
 /// How long the page waits, in milliseconds, before it asks a host again that has not answered.
 const ASK_AGAIN_MS: u64 = 500;
@@ -55,6 +58,8 @@ const PREPARE_AGAIN_MAX: u32 = 3;
 /// How long the source may be without an answer from the destination, in milliseconds, before the controller carries the
 /// message.
 const RELAY_AFTER_MS: u64 = 1_000;
+/// How often a source is reminded that its VM is to be taken back, in seconds.
+const RECLAIM_AGAIN_SECONDS: u64 = 5;
 
 /// How long a host whose word is needed may be silent, in seconds, before the migration is told to be unresolved. It is asked on.
 const SILENT_SECONDS: u64 = if cfg!(test) { 2 } else { 30 };
@@ -84,7 +89,7 @@ pub async fn cancel(controller: &Arc<Controller>, id: MigrationId) -> Result<Mig
     let record = controller.migration(id).await?;
     let heard = match &record.state {
         MigrationState::Running | MigrationState::Unresolved { .. } => {
-            controller.running().cancel(id).await?
+            controller.running().ask(id, Wish::Cancel).await?
         }
         MigrationState::Stayed { .. } | MigrationState::Refused => true,
         MigrationState::Moved => return Err(handed_over(&record)),
@@ -148,7 +153,9 @@ async fn whereabouts(page: &mut Page) -> Whereabouts {
             // A source that has forgotten the migration was never asked, or has seen its end; the destination knows which.
             Err(error) if error.code == ErrorCode::NotFound => {
                 match page.destination().incoming(page.record.id).await {
-                    Ok(IncomingReport::Owned { .. }) => Some(Settled::Moved),
+                    Ok(IncomingReport::Owned { .. }) if page.record.reclaim.is_none() => {
+                        Some(Settled::Moved)
+                    }
                     Ok(IncomingReport::Refused { why }) => {
                         Some(Settled::Stayed(Stay::DestinationRefused { message: why }))
                     }
@@ -158,6 +165,8 @@ async fn whereabouts(page: &mut Page) -> Whereabouts {
                         silence.goes_on(page, ask).await;
                         None
                     }
+                    // Once an operator has spoken only the source knows whose it is.
+                    Ok(IncomingReport::Owned { .. }) => None,
                     Ok(IncomingReport::Waiting | IncomingReport::None) => {
                         return Whereabouts::NotAsked;
                     }
@@ -326,8 +335,11 @@ async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
                 Ok(Some(next)) => report = next,
                 Ok(None) | Err(_) => return None,
             },
-            answer = page.next_cancel() => page.cancel_at_source(answer).await,
-            () = tokio::time::sleep(Duration::from_millis(RELAY_AFTER_MS)), if report.relay.is_some() => {
+            wish = page.next_wish() => page.pass_on(wish).await,
+            () = tokio::time::sleep(Duration::from_secs(RECLAIM_AGAIN_SECONDS)), if page.record.reclaim.is_some() => {
+                page.reclaim_again(&report).await;
+            }
+            () = tokio::time::sleep(Duration::from_millis(RELAY_AFTER_MS)), if report.relay.is_some() && page.record.reclaim.is_none() => {
                 relay::carry_message(page, &report).await;
             }
         }
@@ -338,6 +350,7 @@ async fn watch(page: &mut Page, first: OutgoingReport) -> Option<Settled> {
 /// will never own, is settled. `silence` is why the source cannot be asked.
 async fn settled_by_destination(page: &Page, silence: &ApiError) -> Option<Settled> {
     match page.destination().incoming(page.record.id).await.ok()? {
+        IncomingReport::Owned { .. } if page.record.reclaim.is_some() => None,
         IncomingReport::Owned { .. } => Some(Settled::Moved),
         IncomingReport::Refused { why } => {
             let message = format!("{why}; the source has not been heard of since: {silence}");
@@ -379,6 +392,7 @@ async fn place(page: &mut Page) {
 /// The VM stays: what the destination prepared is taken down.
 async fn undo(page: &mut Page, why: Stay) {
     page.settled(MigrationState::Stayed { why: why.clone() }).await;
+    page.place_back(Duration::from_millis(ASK_AGAIN_MS)).await;
     if page.record.phase >= Phase::Precopy {
         page.keep_statistics().await;
     }

@@ -8,6 +8,7 @@ mod migrations;
 mod plans;
 mod policies;
 mod process;
+mod reclaim;
 mod renewal;
 mod rig;
 mod steering;

@@ -12,6 +12,7 @@ use crate::event::Event;
 use crate::measure::{DirtyRateReport, DirtyRateRequest};
 use crate::migration::{
     LiveSettings, MigrateRequest, Migration, MigrationAction, MigrationEvent, MigrationStatistics,
+    ReclaimRequest,
 };
 use crate::plan::{PlanRequest, VmPlan};
 use crate::policy::{AppliedPolicy, AttachPolicy, Policy, PolicyStatus};
@@ -151,6 +152,15 @@ impl PoolClient {
     /// Cancels a migration.
     pub async fn cancel_migration(&self, id: MigrationId) -> Result<Migration, ApiError> {
         self.0.post(&format!("/migrations/{id}/cancel"), &serde_json::json!({})).await
+    }
+
+    /// Takes a VM back from a destination that never returns.
+    pub async fn reclaim_migration(
+        &self,
+        id: MigrationId,
+        request: &ReclaimRequest,
+    ) -> Result<Migration, ApiError> {
+        self.0.post(&format!("/migrations/{id}/reclaim"), request).await
     }
 
     /// What was seen of a migration over time; while it runs, as far as it is.

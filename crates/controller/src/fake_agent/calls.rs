@@ -22,7 +22,7 @@ use whimbrel_pki::files::HostIdentity;
 use whimbrel_pki::identity::Peer;
 use whimbrel_pki::tls;
 
-use super::{FakeWorld, State, measuring, moves, steering, vm_report};
+use super::{FakeWorld, State, measuring, moves, reclaim, steering, vm_report};
 
 /// The guest's memory size that makes a fake host say that it has no room, in bytes.
 const TOO_MUCH_MEMORY_BYTES: u64 = super::MEMORY_BYTES;
@@ -62,6 +62,7 @@ pub(super) fn router(world: FakeWorld, name: Name) -> Router {
         .route("/knock/listen", post(knock_listen))
         .route("/knock/connect", post(knock_connect))
         .merge(moves::calls())
+        .merge(reclaim::calls())
         .merge(steering::calls())
         .merge(measuring::calls())
         .route_layer(middleware::from_fn_with_state(host.clone(), gate))

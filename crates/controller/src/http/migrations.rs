@@ -3,19 +3,20 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::Sse;
 use axum::response::sse::Event as Line;
+use axum::{Extension, Json};
 use futures::{Stream, StreamExt, stream};
 use tokio::sync::watch;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use whimbrel_api::migration::{
-    LiveSettings, MigrateRequest, Migration, MigrationAction, MigrationStatistics,
+    LiveSettings, MigrateRequest, Migration, MigrationAction, MigrationStatistics, ReclaimRequest,
 };
 use whimbrel_api::server::{Body, Segment};
 use whimbrel_api::{ApiError, MigrationId};
+use whimbrel_pki::door::PeerExtension;
 
 use super::{Shared, events, to_the_end};
 use crate::migrate;
@@ -26,6 +27,7 @@ pub(super) fn calls() -> OpenApiRouter<Shared> {
         .routes(routes!(get_migration))
         .routes(routes!(watch_migration))
         .routes(routes!(cancel_migration))
+        .routes(routes!(reclaim_migration))
         .routes(routes!(set_migration))
         .routes(routes!(start_postcopy))
         .routes(routes!(pause_migration))
@@ -109,6 +111,23 @@ async fn cancel_migration(
     Segment(id): Segment<MigrationId>,
 ) -> Result<Json<Migration>, ApiError> {
     to_the_end(async move { migrate::cancel(&controller, id).await }).await.map(Json)
+}
+
+/// Take a VM back from a destination that never returns. The caller states that it never will act on what it was given; nobody
+/// else can know. The guest's memory is given up, and the VM has crashed on its source. `wrong-state` unless the migration is
+/// unresolved and waits for its destination; `busy` as long as that may still be heard of.
+#[utoipa::path(post, path = "/migrations/{id}/reclaim", tag = "migrations", request_body = ReclaimRequest,
+    params(("id" = MigrationId, Path, description = "The migration's id")),
+    responses((status = 200, description = "The migration; it ends as `stayed`", body = Migration)))]
+async fn reclaim_migration(
+    State(controller): State<Shared>,
+    Extension(who): Extension<PeerExtension>,
+    Segment(id): Segment<MigrationId>,
+    Body(request): Body<ReclaimRequest>,
+) -> Result<Json<Migration>, ApiError> {
+    let by = who.peer.map_or_else(String::new, |peer| peer.to_string());
+    let word = request.statement;
+    to_the_end(async move { migrate::reclaim(&controller, id, word, by).await }).await.map(Json)
 }
 
 /// Let post-copy begin now. It has to have been made ready before the start. `wrong-state` where it does not fit.

@@ -144,6 +144,7 @@ fn words_are_those_of_the_rules() {
         failed(),
         Stay::DestinationRefused { message: String::new() },
         Stay::GuestPoweredOff,
+        Stay::Reclaimed { statement: whimbrel_api::migration::Statement::HostIsFenced },
     ];
     assert_eq!(whys.map(|why| word(&why, "cause")), CAUSES);
     for rung in Rung::ALL {

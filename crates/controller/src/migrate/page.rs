@@ -3,6 +3,7 @@
 //! No step of a migration is here (they are in [`super`]); this is what the steps are written with.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use whimbrel_api::agent::{OutgoingEnd, OutgoingReport};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::event::Event;
 use whimbrel_api::migration::{
-    DECISIONS_MAX, Migration, MigrationState, MigrationStatistics, PhaseStart, Stay,
+    DECISIONS_MAX, Migration, MigrationState, MigrationStatistics, PhaseStart, Reclaim, Stay,
 };
 use whimbrel_api::policy::Policy;
 use whimbrel_api::vm::VmDefinition;
@@ -24,16 +25,24 @@ use crate::controller::MovedPlacement;
 use crate::hosts::Member;
 use crate::{Controller, policies};
 
-/// Cancels of one migration that may wait.
-const CANCELS_MAX: usize = 128;
-/// How long a cancel waits for its answer, in seconds.
-const CANCEL_SECONDS: u64 = 15;
+/// Wishes of one migration that may wait.
+const WISHES_MAX: usize = 128;
+/// How long a wish waits for its answer, in seconds.
+const WISH_SECONDS: u64 = 15;
 /// How long until an end that could not be written is written again, in milliseconds.
 const WRITE_AGAIN_MS: u64 = 500;
 /// How long the hosts may take to tell what was seen over time, in seconds: the end is not held up for it, and it is not kept then.
 const STATISTICS_SECONDS: u64 = 1;
 
-type Answer = oneshot::Sender<Result<(), ApiError>>;
+pub(super) type Answer = oneshot::Sender<Result<(), ApiError>>;
+
+/// What somebody wants of an open migration.
+pub(super) enum Wish {
+    /// It ends where it is.
+    Cancel(Answer),
+    /// The VM is taken back from a destination that never returns.
+    Reclaim(Reclaim, Answer),
+}
 
 /// The open pages.
 #[derive(Debug, Default)]
@@ -41,7 +50,7 @@ pub(crate) struct Running(Mutex<HashMap<MigrationId, Open>>);
 
 #[derive(Debug)]
 struct Open {
-    cancels: mpsc::Sender<Answer>,
+    wishes: mpsc::Sender<Wish>,
     destination: Name,
     /// Memory set aside for a QEMU that the destination's own figures do not count yet.
     reserved_bytes: u64,
@@ -52,22 +61,26 @@ impl Running {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks a page to end; the answer is the page's. `false`: there is no such page.
-    pub(super) async fn cancel(&self, id: MigrationId) -> Result<bool, ApiError> {
-        let Some(cancels) = self.open().get(&id).map(|open| open.cancels.clone()) else {
+    /// Asks a page for something; the answer is the page's. `false`: there is no such page.
+    pub(super) async fn ask(
+        &self,
+        id: MigrationId,
+        wish: impl FnOnce(Answer) -> Wish,
+    ) -> Result<bool, ApiError> {
+        let Some(wishes) = self.open().get(&id).map(|open| open.wishes.clone()) else {
             return Ok(false);
         };
         let (answer, answered) = oneshot::channel();
-        if cancels.send(answer).await.is_err() {
+        if wishes.send(wish(answer)).await.is_err() {
             return Ok(true);
         }
-        match tokio::time::timeout(Duration::from_secs(CANCEL_SECONDS), answered).await {
+        match tokio::time::timeout(Duration::from_secs(WISH_SECONDS), answered).await {
             Ok(Ok(answer)) => answer.map(|()| true),
             // The page has ended in between: its record says how.
             Ok(Err(_)) => Ok(true),
             Err(_) => Err(ApiError::new(
                 ErrorCode::Busy,
-                format!("the cancel was not answered within {CANCEL_SECONDS} s"),
+                format!("that was not answered within {WISH_SECONDS} s"),
             )
             .hint("it is still being worked on: `whimbrel migration show` tells how it ends")),
         }
@@ -104,7 +117,7 @@ pub(super) struct Page {
     /// Whether the placement has moved.
     pub(super) placed: bool,
     room: Option<Room>,
-    cancels: mpsc::Receiver<Answer>,
+    wishes: mpsc::Receiver<Wish>,
 }
 
 /// Opens the page of a recorded migration and lets it go on by itself.
@@ -117,8 +130,8 @@ pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option
         (Err(error), _) => return orphaned(controller, record.source.clone(), record, &error),
         (_, Err(error)) => return orphaned(controller, record.destination.clone(), record, &error),
     };
-    let (sender, cancels) = mpsc::channel(CANCELS_MAX);
-    let open = Open { cancels: sender, destination: record.destination.clone(), reserved_bytes: 0 };
+    let (sender, wishes) = mpsc::channel(WISHES_MAX);
+    let open = Open { wishes: sender, destination: record.destination.clone(), reserved_bytes: 0 };
     controller.running().open().insert(record.id, open);
     let (controller, id) = (controller.clone(), record.id);
     controller.events().publish(Event::Migration { migration: record.clone() });
@@ -131,7 +144,7 @@ pub(super) fn open(controller: &Arc<Controller>, record: Migration, room: Option
             generation: 0,
             placed: false,
             room,
-            cancels,
+            wishes,
         };
         tokio::select! {
             () = super::carry(page) => controller.running().open().remove(&id).map_or((), drop),
@@ -156,6 +169,11 @@ fn orphaned(controller: &Arc<Controller>, ask: Name, record: Migration, error: &
             tracing::error!(migration = %record.id, %error, "the record cannot be written");
         }
     });
+}
+
+fn nothing_to_take_back() -> ApiError {
+    ApiError::new(ErrorCode::WrongState, "the VM is not with a host that does not answer")
+        .hint("`whimbrel migration show` tells how the migration is")
 }
 
 /// A failure in a phase, for the record.
@@ -193,7 +211,7 @@ impl Page {
         self.record.phases.push(PhaseStart { phase, at: Timestamp::now() });
     }
 
-    async fn save(&self) {
+    pub(super) async fn save(&self) {
         if let Err(error) = self.controller.save_migration(&self.record).await {
             tracing::error!(migration = %self.record.id, %error, "the record cannot be written; the agents have theirs");
         }
@@ -248,44 +266,59 @@ impl Page {
         &mut self,
         work: impl Future<Output = T>,
     ) -> Result<T, Stay> {
-        tokio::select! {
-            biased;
-            answer = self.cancels.recv() => {
-                self.accept(answer);
-                Err(Stay::Cancelled)
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                wish = self.next_wish() => self.accept(wish)?,
+                done = &mut work => return Ok(done),
             }
-            done = work => Ok(done),
         }
     }
 
     fn take_cancels(&mut self) -> Result<(), Stay> {
-        match self.cancels.try_recv() {
-            Ok(answer) => {
-                self.accept(Some(answer));
+        while let Ok(wish) = self.wishes.try_recv() {
+            self.accept(wish)?;
+        }
+        Ok(())
+    }
+
+    /// Does what is wished before the source has been asked: a cancel ends it.
+    fn accept(&mut self, wish: Wish) -> Result<(), Stay> {
+        match wish {
+            Wish::Cancel(answer) => {
+                self.record.cancel_requested = true;
+                // Whoever asked may have gone.
+                let _gone = answer.send(Ok(()));
                 Err(Stay::Cancelled)
             }
-            Err(_) => Ok(()),
+            Wish::Reclaim(_, answer) => {
+                let _gone = answer.send(Err(nothing_to_take_back()));
+                Ok(())
+            }
         }
     }
 
-    fn accept(&mut self, answer: Option<Answer>) {
-        self.record.cancel_requested = true;
-        if let Some(answer) = answer {
-            // Whoever asked may have gone.
-            let _gone = answer.send(Ok(()));
-        }
-    }
-
-    /// The next cancel; never resolves when there can be none any more.
-    pub(super) async fn next_cancel(&mut self) -> Answer {
-        match self.cancels.recv().await {
-            Some(answer) => answer,
+    /// The next wish; never resolves when there can be none any more.
+    pub(super) async fn next_wish(&mut self) -> Wish {
+        match self.wishes.recv().await {
+            Some(wish) => wish,
             None => std::future::pending().await,
         }
     }
 
-    /// Passes a cancel on to the source, whose word counts from the moment when it has been asked to send.
-    pub(super) async fn cancel_at_source(&mut self, answer: Answer) {
+    /// Passes a wish on to the source, whose word counts from the moment when it has been asked to send.
+    pub(super) async fn pass_on(&mut self, wish: Wish) {
+        match wish {
+            Wish::Cancel(answer) => self.cancel_at_source(answer).await,
+            Wish::Reclaim(word, answer) => {
+                let told = self.reclaim(word).await;
+                let _gone = answer.send(told);
+            }
+        }
+    }
+
+    async fn cancel_at_source(&mut self, answer: Answer) {
         let told = self.source().cancel_outgoing(self.record.id).await.map(|_| ());
         if told.is_ok() {
             self.record.cancel_requested = true;
@@ -293,11 +326,11 @@ impl Page {
         let _gone = answer.send(told);
     }
 
-    /// Waits a moment; a cancel that comes meanwhile goes to the source at once.
+    /// Waits a moment; a wish that comes meanwhile goes to the source at once.
     pub(super) async fn pause(&mut self, duration: Duration) {
         tokio::select! {
             () = tokio::time::sleep(duration) => {}
-            answer = self.next_cancel() => self.cancel_at_source(answer).await,
+            wish = self.next_wish() => self.pass_on(wish).await,
         }
     }
 
@@ -412,11 +445,14 @@ impl Page {
 
     /// Writes the end down and tells it. Not without the record: until it says so, the migration holds the VM.
     pub(super) async fn end(&mut self, state: MigrationState) {
-        self.cancels.close();
-        while let Ok(answer) = self.cancels.try_recv() {
-            let told = match state {
-                MigrationState::Moved => Err(super::handed_over(&self.record)),
-                _ => Ok(()),
+        self.wishes.close();
+        while let Ok(wish) = self.wishes.try_recv() {
+            let (told, answer) = match wish {
+                Wish::Cancel(answer) if state == MigrationState::Moved => {
+                    (Err(super::handed_over(&self.record)), answer)
+                }
+                Wish::Cancel(answer) => (Ok(()), answer),
+                Wish::Reclaim(_, answer) => (Err(nothing_to_take_back()), answer),
             };
             let _gone = answer.send(told);
         }

@@ -12,6 +12,7 @@ use whimbrel_api::pool::Contact;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Name};
 
 use super::page::Page;
+use super::reclaim::tell_former_owner;
 use crate::Controller;
 
 /// How long each side may take to answer, in seconds: then the end is told with leftovers.
@@ -21,7 +22,8 @@ const AGAIN_SECONDS: u64 = 5;
 
 /// Lets both sides forget, and goes on in the background with what does not answer in time.
 pub(super) async fn both_sides(page: &mut Page) {
-    page.record.leftovers = sweep(&page.controller, &page.record).await;
+    let controller = page.controller.clone();
+    page.record.leftovers = sweep(&controller, &mut page.record).await;
     if !page.record.leftovers.is_empty() {
         tokio::spawn(go_on(page.controller.clone(), page.record.id));
     }
@@ -49,8 +51,9 @@ async fn go_on(controller: Arc<Controller>, id: MigrationId) {
         if crate::store::is_active(&record.state) {
             continue;
         }
-        let left = sweep(&controller, &record).await;
-        let news = left != record.leftovers;
+        let heard = record.reclaim.clone();
+        let left = sweep(&controller, &mut record).await;
+        let news = left != record.leftovers || heard != record.reclaim;
         record.leftovers = left;
         if news && controller.save_migration(&record).await.is_err() {
             continue;
@@ -63,11 +66,20 @@ async fn go_on(controller: Arc<Controller>, id: MigrationId) {
 }
 
 /// What is left after asking both sides once, in words.
-async fn sweep(controller: &Controller, record: &Migration) -> Vec<String> {
+async fn sweep(controller: &Controller, record: &mut Migration) -> Vec<String> {
     let id = record.id;
     let retire = async { controller.agent(&record.source)?.delete_outgoing(id).await };
-    let drop = async { controller.agent(&record.destination)?.delete_incoming(id).await };
+    let drop = async {
+        let heard = tell_former_owner(controller, record).await?;
+        Ok((heard, controller.agent(&record.destination)?.delete_incoming(id).await?))
+    };
     let (retired, dropped) = tokio::join!(in_time(retire), in_time(drop));
+    let dropped = dropped.map(|(heard, report)| {
+        if let Some(word) = &mut record.reclaim {
+            word.guest_was_there = heard;
+        }
+        report
+    });
     let outgoing = match retired {
         Ok(()) => None,
         Err(error) if error.code == ErrorCode::NotFound && knows(controller, &record.source) => {
