@@ -133,6 +133,11 @@ fn spoils() -> Vec<(Code, Spoil, &'static [&'static str])> {
             &["10.0.0.2:7402", "connection refused"],
         ),
         (
+            Code::SourceNotAllowed,
+            |q| q.reach = Reach::NotAllowed { because: "it is not in its list".into() },
+            &["host-a", "it is not in its list"],
+        ),
+        (
             Code::TlsFailed,
             |q| {
                 q.reach = Reach::TlsFailed {
@@ -239,7 +244,7 @@ fn each_missing_network_and_file_is_named_once() {
 proptest! {
     /// Verdicts do not hide each other: whatever is spoilt together is reported together.
     #[test]
-    fn all_verdicts_at_once(picks in proptest::collection::vec(any::<bool>(), 18)) {
+    fn all_verdicts_at_once(picks in proptest::collection::vec(any::<bool>(), 19)) {
         let spoils = spoils();
         prop_assert_eq!(picks.len(), spoils.len());
         let mut question = good();
@@ -252,14 +257,15 @@ proptest! {
         }
         // What a later spoil of the same field replaces, and what follows from a missing engine.
         let reach = [
-            Code::AddressUnresolvable, Code::PortClosed, Code::TlsFailed, Code::AddressNotProbed,
+            Code::AddressUnresolvable, Code::PortClosed, Code::SourceNotAllowed, Code::TlsFailed,
+            Code::AddressNotProbed,
         ];
         let engine = [
             Code::EngineMissing, Code::AcceleratorMissing, Code::MachineTypeMissing,
             Code::CpuModelMissing, Code::EngineOlder,
         ];
         for chain in [&reach[..], &engine[..]] {
-            let last_or_first = if chain.len() == reach.len() {
+            let last_or_first = if chain == &reach[..] {
                 chain.iter().rev().find(|code| expected.contains(code)).copied()
             } else {
                 chain.iter().find(|code| expected.contains(code)).copied()
@@ -295,6 +301,12 @@ fn offline_looks_at_the_definition_only() {
     question.vm.unmovable =
         vec![UnmovableDevice { device: "gpu0".into(), because: "it is the host's".into() }];
     question.reach = Reach::NotProbed;
+    assert_eq!(check(&question), []);
+    // The destination's list is about VMs, whether they run or not; a closed port is not.
+    question.reach = Reach::NotAllowed { because: "it is not in its list".into() };
+    assert_eq!(codes_of(&check(&question)), [Code::SourceNotAllowed]);
+    question.reach =
+        Reach::PortClosed { address: "10.0.0.2:7402".into(), because: "connection refused".into() };
     assert_eq!(check(&question), []);
     question.vm.machine_type = "pc-q35-10.0".into();
     question.vm.nics[0].network = name("vlan7");
