@@ -177,6 +177,28 @@ fn a_qemu_whose_session_is_lost_is_found_again_by_its_task() {
 }
 
 #[test]
+fn a_guest_that_stands_still_unasked_is_let_run_or_told() {
+    in_namespace(|| {
+        let place = Place::with_fake();
+        place.life(async |host| {
+            let id = running(&host).await.definition.id;
+            host.vms.act(id, VmAction::Pause, false).await.unwrap();
+            place.faults("lie:cont");
+            host.vms.act(id, VmAction::Resume, false).await.unwrap();
+            assert_ne!(place.cut_sessions(), 0);
+            eventually(async || matches!(state(&host, id), VmState::Crashed { .. })).await;
+            let VmState::Crashed { why } = state(&host, id) else { unreachable!() };
+            assert!(why.contains("stands still (paused)"), "{why}");
+            place.faults("");
+            let resumed = host.vms.act(id, VmAction::Resume, false).await.unwrap();
+            assert_eq!(resumed.state, VmState::Running);
+            host.vms.act(id, VmAction::Stop, true).await.unwrap();
+            place.assert_clean(&host).await;
+        });
+    });
+}
+
+#[test]
 fn a_start_that_fails_leaves_nothing_and_the_next_one_works() {
     in_namespace(|| {
         let place = Place::with_fake();

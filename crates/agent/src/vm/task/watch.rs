@@ -49,15 +49,16 @@ impl Task {
 
     /// Asks QEMU how the guest is, and does what follows from it.
     pub(super) async fn look(&mut self) {
+        let Some(mut run_state) = self.ask_run_state().await else { return };
+        if self.is_to_run() && stands_still(&run_state) {
+            // Nobody asked for it, or an order to run was not carried out: once more, and what does not help is told.
+            self.reconcile().await;
+            let Some(after) = self.ask_run_state().await else { return };
+            run_state = after;
+        }
+        let is_to_run = self.is_to_run();
         let State::Running(watched) = &mut self.state else { return };
-        let status = match watched.qemu.machine.status().await {
-            Ok(status) => status,
-            Err(error) => {
-                tracing::warn!(vm = %self.definition.name, %error, "QEMU does not say how the guest is");
-                return;
-            }
-        };
-        watched.halted = match status.run_state {
+        watched.halted = match run_state {
             RunState::Shutdown => return self.powered_off().await,
             RunState::GuestPanicked => return self.panicked().await,
             RunState::IoError => {
@@ -65,9 +66,28 @@ impl Task {
             }
             RunState::InternalError => Some("an error in QEMU has stopped the guest".to_owned()),
             RunState::Watchdog => Some("the guest's watchdog has stopped it".to_owned()),
+            state if is_to_run && stands_still(&state) => Some(format!(
+                "the guest stands still ({state}) and cannot be let run; `vm resume` tries again"
+            )),
             _ => None,
         };
         self.publish();
+    }
+
+    async fn ask_run_state(&self) -> Option<RunState> {
+        let State::Running(watched) = &self.state else { return None };
+        match watched.qemu.machine.status().await {
+            Ok(status) => Some(status.run_state),
+            Err(error) => {
+                tracing::warn!(vm = %self.definition.name, %error, "QEMU does not say how the guest is");
+                None
+            }
+        }
+    }
+
+    /// Whether the guest is this host's, and its user wants it to run.
+    fn is_to_run(&self) -> bool {
+        self.ownership.standing == Standing::Owned && self.ownership.intent == Intent::Run
     }
 
     /// The guest has powered itself off: QEMU, which waits (`-no-shutdown`), is let go.
@@ -166,15 +186,8 @@ impl Task {
         // A guest that was refused, or never released, may still be in the middle of it.
         take_back::from_postcopy(&self.host, &watched.qemu).await;
         let Ok(status) = machine.status().await else { return };
-        let stopped = matches!(
-            status.run_state,
-            RunState::Paused
-                | RunState::Prelaunch
-                | RunState::PostMigrate
-                | RunState::FinishMigrate
-        );
         let done = match self.ownership.intent {
-            Intent::Run if stopped => {
+            Intent::Run if stands_still(&status.run_state) => {
                 tracing::info!(vm = %self.definition.name, state = %status.run_state, "lets the guest run");
                 let done = machine.cont().await;
                 if let Err(error) = machine.announce_self().await {
@@ -222,4 +235,12 @@ impl Task {
             self.answer(reply, Ok(()));
         }
     }
+}
+
+/// Whether a guest stands still without a reason of its own: `cont` lets it run.
+fn stands_still(run_state: &RunState) -> bool {
+    matches!(
+        run_state,
+        RunState::Paused | RunState::Prelaunch | RunState::PostMigrate | RunState::FinishMigrate
+    )
 }
