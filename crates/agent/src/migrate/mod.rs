@@ -449,6 +449,11 @@ pub async fn send(
     if let Some(outgoing) = host.migrations.find_outgoing(id) {
         return Ok(outgoing.report.borrow().clone());
     }
+    if let Err(lost) = refuse_lost(host, request.vm, id).await {
+        // Asked for twice at once: the other one has begun it meanwhile.
+        let begun = host.migrations.find_outgoing(id);
+        return begun.map(|outgoing| outgoing.report.borrow().clone()).ok_or(lost);
+    }
     let names = (&host.config.name, &request.destination);
     check_grant(host, &request.grant, (request.vm, id, request.epoch), names)?;
     begin_departure(host, id, request).await
@@ -599,9 +604,45 @@ fn unknown(id: MigrationId) -> ApiError {
     ApiError::not_found("outgoing migration", id)
 }
 
+/// An outgoing migration that an earlier life of the agent had begun and this one could not take up.
+fn lost(id: MigrationId) -> ApiError {
+    let message = format!("migration {id} could not be taken up again; how it stands is not known");
+    ApiError::new(ErrorCode::WrongState, message)
+        .hint("the agent's log says why; when that is mended, restart the agent")
+}
+
+/// Refuses what the ledger knows and this life of the agent does not: it is no new migration, and nothing of it may be begun.
+async fn refuse_lost(host: &Host, vm: VmId, id: MigrationId) -> Result<(), ApiError> {
+    let word = host.ledger.ownership(vm, Some(id)).await?;
+    if word.is_some_and(|word| word.is_open()) {
+        return Err(lost(id));
+    }
+    match why_missing(host, id).await {
+        error if error.code == ErrorCode::NotFound => Ok(()),
+        error => Err(error),
+    }
+}
+
+/// Why an outgoing migration is not in mind: it never was here, its end was taken note of, or it could not be taken up.
+async fn why_missing(host: &Host, id: MigrationId) -> ApiError {
+    match host.ledger.migrations(Side::Outgoing).await {
+        Ok(rows) if rows.iter().any(|row| row.id == id) => lost(id),
+        Ok(_) => unknown(id),
+        Err(error) => error.into(),
+    }
+}
+
+/// An outgoing migration, or why it is none.
+async fn known(host: &Host, id: MigrationId) -> Result<Outgoing, ApiError> {
+    match host.migrations.find_outgoing(id) {
+        Some(outgoing) => Ok(outgoing),
+        None => Err(why_missing(host, id).await),
+    }
+}
+
 /// `GET /v1/outgoing/{migration}`.
 pub async fn outgoing(host: &Arc<Host>, id: MigrationId) -> Result<OutgoingReport, ApiError> {
-    let outgoing = host.migrations.find_outgoing(id).ok_or_else(|| unknown(id))?;
+    let outgoing = known(host, id).await?;
     Ok(outgoing.report.borrow().clone())
 }
 
@@ -610,13 +651,13 @@ pub async fn watch(
     host: &Arc<Host>,
     id: MigrationId,
 ) -> Result<watch::Receiver<OutgoingReport>, ApiError> {
-    let outgoing = host.migrations.find_outgoing(id).ok_or_else(|| unknown(id))?;
+    let outgoing = known(host, id).await?;
     Ok(outgoing.report.subscribe())
 }
 
 /// `POST /v1/outgoing/{migration}/cancel`.
 pub async fn cancel(host: &Arc<Host>, id: MigrationId) -> Result<OutgoingReport, ApiError> {
-    let outgoing = host.migrations.find_outgoing(id).ok_or_else(|| unknown(id))?;
+    let outgoing = known(host, id).await?;
     let (answer, answered) = oneshot::channel();
     let asked = async {
         outgoing.orders.send(source::Order::Cancel(answer)).await.ok()?;
@@ -645,7 +686,7 @@ pub async fn answered(
     id: MigrationId,
     said: Handoff,
 ) -> Result<OutgoingReport, ApiError> {
-    let outgoing = host.migrations.find_outgoing(id).ok_or_else(|| unknown(id))?;
+    let outgoing = known(host, id).await?;
     match outgoing.orders.try_send(source::Order::Answer(said.message)) {
         Err(mpsc::error::TrySendError::Full(_)) => Err(no_answer_yet()),
         // A migration that has ended needs no answer.
@@ -655,7 +696,11 @@ pub async fn answered(
 
 /// `DELETE /v1/outgoing/{migration}`: the controller has taken note of the end.
 pub async fn retire(host: &Arc<Host>, id: MigrationId) -> Result<(), ApiError> {
-    let Some(outgoing) = host.migrations.find_outgoing(id) else { return Ok(()) };
+    let outgoing = match known(host, id).await {
+        Ok(outgoing) => outgoing,
+        Err(error) if error.code == ErrorCode::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
     if !outgoing.ended() {
         return Err(ApiError::new(
             ErrorCode::Migrating,

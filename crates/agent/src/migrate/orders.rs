@@ -16,7 +16,7 @@ use whimbrel_api::migration::{LiveSettings, MigrationAction, MigrationStatistics
 use whimbrel_api::{ApiError, ErrorCode, MigrationId};
 use whimbrel_pki::identity::Peer;
 
-use super::{ORDER_SECONDS, Outgoing, destination, same_ticket, source, unknown};
+use super::{ORDER_SECONDS, Outgoing, destination, known, same_ticket, source, unknown};
 use crate::host::Host;
 
 type Answer = oneshot::Sender<Result<(), ApiError>>;
@@ -71,7 +71,7 @@ pub(super) async fn order(
     id: MigrationId,
     of: impl FnOnce(Answer) -> source::Order,
 ) -> Result<OutgoingReport, ApiError> {
-    let outgoing = host.migrations.find_outgoing(id).ok_or_else(|| unknown(id))?;
+    let outgoing = known(host, id).await?;
     let (answer, answered) = oneshot::channel();
     let asked = async {
         outgoing.orders.send(of(answer)).await.ok()?;

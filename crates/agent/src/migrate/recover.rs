@@ -35,7 +35,8 @@ use crate::vm::{RunningVm, Spawned};
 /// Takes up again what was open when the agent ended.
 ///
 /// # Errors
-/// `internal` where the ledger cannot be read. A single migration that cannot be taken up is logged and left as it is.
+/// `internal` where the ledger cannot be read. A single migration that cannot be taken up is logged and left as it is: its row
+/// stays, by which whoever asks for it hears so.
 pub async fn recover(host: &Arc<Host>) -> Result<(), ApiError> {
     let runs = host.ledger.runs().await?;
     for row in host.ledger.migrations(Side::Outgoing).await? {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use whimbrel_agent::ledger::{MigrationRow, Side};
 use whimbrel_api::agent::{
     Handoff, IncomingReport, IncomingRequest, KnockConnect, KnockListen, OutgoingEnd, Reach,
     Receive,
@@ -458,6 +459,40 @@ fn a_killed_source_agent_keeps_the_vm_during_the_copy() {
         pair.assert_clean(&pair.b, &b);
         pair.move_it(vm, (&pair.a, &a), &pair.b);
         pair.assert_runs_on(vm, &b);
+    });
+}
+
+#[test]
+fn a_migration_that_cannot_be_taken_up_again_is_not_begun_anew() {
+    with_pair(|pair, a, _b| {
+        let vm = pair.vm_on(&a);
+        pair.a.faults("stall:copying");
+        let one = pair.try_to_move(vm, &a);
+        pair.calls.block_on(async {
+            pair.begin(&one, &pair.a, &pair.b).await;
+            pair.phase(&one, &pair.a, Phase::Precopy).await;
+            let rows = a.host.ledger.migrations(Side::Outgoing).await.unwrap();
+            let [row] = rows.as_slice() else { panic!("{rows:?}") };
+            let unreadable = MigrationRow { request: "what is this".into(), ..row.clone() };
+            a.host.ledger.put_migration(&unreadable).await.unwrap();
+        });
+        a.kill();
+        let a = pair.a.live();
+        assert!(matches!(state(&a.host, vm), VmState::Unknown { .. }));
+        pair.calls.block_on(async {
+            let client = pair.client(&pair.a);
+            let offer = pair.prepare(&one, &pair.a, &pair.b).await.unwrap();
+            let refused = [
+                client.outgoing(one.id).await.unwrap_err(),
+                pair.send(&one, &pair.a, &pair.b, offer).await.unwrap_err(),
+                client.cancel_outgoing(one.id).await.unwrap_err(),
+                client.delete_outgoing(one.id).await.unwrap_err(),
+            ];
+            for error in refused {
+                assert_eq!(error.code, ErrorCode::WrongState, "{error:?}");
+                assert!(error.message.contains("could not be taken up"), "{error:?}");
+            }
+        });
     });
 }
 
