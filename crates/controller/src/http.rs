@@ -44,6 +44,9 @@ pub use document::document;
 /// The document as it is checked in; a test keeps it equal to [`document()`].
 const DOCUMENT_TEXT: &str = include_str!("../../../openapi/whimbrel.json");
 
+/// How much of an unknown field's name is told, in characters.
+const QUERY_SHOWN_CHARS: usize = 64;
+
 type Shared = Arc<Controller>;
 
 /// All calls, ready to be put behind the door.
@@ -70,8 +73,11 @@ fn calls() -> OpenApiRouter<Shared> {
         .merge(plans::calls())
         .merge(policies::calls())
         .merge(events::calls())
+        .route_layer(middleware::from_fn(no_query))
         .route_layer(middleware::from_fn(operators_only));
-    let anybody = OpenApiRouter::default().routes(routes!(pool::join));
+    let anybody = OpenApiRouter::default()
+        .routes(routes!(pool::join))
+        .route_layer(middleware::from_fn(no_query));
     OpenApiRouter::with_openapi(document::frame()).nest("/v1", operators.merge(anybody))
 }
 
@@ -84,6 +90,18 @@ async fn openapi() -> Response {
 /// The metrics, for Prometheus: no call of the API, whose document does not have it.
 async fn metrics(State(controller): State<Shared>) -> Result<Scrape, ApiError> {
     figures::scrape(&controller).await
+}
+
+/// No call takes anything in the query of its address, and what is not known is refused by its name, as in a body.
+async fn no_query(request: Request, next: Next) -> Result<Response, ApiError> {
+    let fields = request.uri().query().unwrap_or_default().split('&');
+    let mut names = fields.filter_map(|field| field.split('=').next());
+    let Some(name) = names.find(|name| !name.is_empty()) else {
+        return Ok(next.run(request).await);
+    };
+    let shown: String = name.chars().take(QUERY_SHOWN_CHARS).collect();
+    let message = format!("`{shown}` is not known: this call takes nothing in its query");
+    Err(ApiError::new(ErrorCode::BadRequest, message))
 }
 
 async fn operators_only(request: Request, next: Next) -> Result<Response, ApiError> {
