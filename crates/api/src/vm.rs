@@ -41,17 +41,35 @@ pub mod limits {
 #[schema(value_type = u64, example = 1073741824)]
 pub struct Bytes(pub u64);
 
-impl FromStr for Bytes {
-    type Err = String;
+/// Why a text is no [`Bytes`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadSize {
+    /// It is none.
+    #[error("`{0}` is not a size; write for instance 512MiB, 1GiB or a number of bytes")]
+    NoSize(String),
+    /// More bytes than there are numbers for.
+    #[error("`{0}` is out of range: a size is at most {max} bytes", max = u64::MAX)]
+    TooLarge(String),
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = text.trim().parse::<bytesize::ByteSize>();
-        parsed.map(|size| Bytes(size.as_u64())).map_err(|_| {
-            format!(
-                "`{}` is not a size; write for instance 512MiB, 1GiB or a number of bytes",
-                text.escape_debug()
-            )
-        })
+impl FromStr for Bytes {
+    type Err = BadSize;
+
+    fn from_str(text: &str) -> Result<Self, BadSize> {
+        let shown = || text.escape_debug().to_string();
+        let text = text.trim();
+        match text.parse::<bytesize::ByteSize>() {
+            // It stops at the largest number instead of saying that it does.
+            Ok(bytesize::ByteSize(u64::MAX)) if text.parse::<u64>().is_err() => {
+                Err(BadSize::TooLarge(shown()))
+            }
+            Ok(size) => Ok(Bytes(size.as_u64())),
+            // Digits alone are a number, only not one of ours.
+            Err(_) if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) => {
+                Err(BadSize::TooLarge(shown()))
+            }
+            Err(_) => Err(BadSize::NoSize(shown())),
+        }
     }
 }
 

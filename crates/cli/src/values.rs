@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::str::ParseBoolError;
 
 use whimbrel_api::measure::{DIRTY_RATE_MS_MAX, DIRTY_RATE_MS_MIN};
 use whimbrel_api::migration::CompressionMethod;
 use whimbrel_api::migration::limits::{
     BANDWIDTH_MAX_BYTES_PER_S, BANDWIDTH_MIN_BYTES_PER_S, MAX_DOWNTIME_MAX_MS,
 };
-use whimbrel_api::vm::{Bytes, StoragePath};
+use whimbrel_api::vm::{BadSize, Bytes, StoragePath};
 use whimbrel_api::{ErrorCode, MigrationId, Name, VmId};
 
 /// Why a value is none, with the code that machines read.
@@ -31,6 +32,18 @@ impl BadValue {
 
     pub(crate) fn bad(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::BadRequest, message)
+    }
+}
+
+impl From<String> for BadValue {
+    fn from(message: String) -> Self {
+        Self::bad(message)
+    }
+}
+
+impl From<ParseBoolError> for BadValue {
+    fn from(error: ParseBoolError) -> Self {
+        Self::bad(error.to_string())
     }
 }
 
@@ -106,7 +119,9 @@ pub(crate) fn compression(text: &str) -> Result<CompressionMethod, BadValue> {
 /// A size as a number of bytes.
 pub(crate) fn bytes(text: &str) -> Result<u64, BadValue> {
     match size(text) {
-        Err(_) if is_number(text) => Err(BadValue::out_of_range("write a size such as 64MiB")),
+        Err(error) if is_number(text) && error.code != ErrorCode::OutOfRange => {
+            Err(BadValue::out_of_range("write a size such as 64MiB"))
+        }
         read => read.map(|Bytes(bytes)| bytes),
     }
 }
@@ -118,7 +133,10 @@ pub(crate) fn storage_path(text: &str) -> Result<StoragePath, BadValue> {
 
 /// A size in bytes.
 pub(crate) fn size(text: &str) -> Result<Bytes, BadValue> {
-    text.parse::<Bytes>().map_err(BadValue::bad)
+    text.parse::<Bytes>().map_err(|error| match error {
+        BadSize::TooLarge(_) => BadValue::out_of_range(error.to_string()),
+        BadSize::NoSize(_) => BadValue::bad(error.to_string()),
+    })
 }
 
 /// Factors of the units' first letters: of 1000 and of 1024.
@@ -194,17 +212,20 @@ impl Pairs {
     }
 
     /// Takes a value out, read by `read`.
-    pub(crate) fn take<T, E: std::fmt::Display>(
+    pub(crate) fn take<T, E: Into<BadValue>>(
         &mut self,
         key: &str,
         read: impl Fn(&str) -> Result<T, E>,
     ) -> Result<Option<T>, BadValue> {
         let Some(value) = self.0.remove(key) else { return Ok(None) };
-        read(&value).map(Some).map_err(|error| BadValue::bad(format!("`{key}`: {error}")))
+        read(&value).map(Some).map_err(|error| {
+            let BadValue { code, message } = error.into();
+            BadValue { code, message: format!("`{key}`: {message}") }
+        })
     }
 
     /// Takes a value out that must be there.
-    pub(crate) fn need<T, E: std::fmt::Display>(
+    pub(crate) fn need<T, E: Into<BadValue>>(
         &mut self,
         key: &str,
         read: impl Fn(&str) -> Result<T, E>,
@@ -286,6 +307,12 @@ mod tests {
             assert_eq!(measuring_ms(text).unwrap_err().code, ErrorCode::OutOfRange, "{text}");
         }
         assert_eq!(bytes("64MiB"), Ok(64 << 20));
+        assert_eq!(size("18446744073709551615"), Ok(Bytes(u64::MAX)));
+        for text in ["99999999TiB", "16777216TiB", "18446744073709551616", "99999999.5TiB"] {
+            let error = size(text).unwrap_err();
+            assert_eq!(error.code, ErrorCode::OutOfRange, "{text}");
+            assert!(error.message.contains(text), "{error}");
+        }
         assert_eq!(bytes("-1").unwrap_err().code, ErrorCode::OutOfRange);
         assert_eq!(bytes("much").unwrap_err().code, ErrorCode::BadRequest);
         assert_eq!(compression("zstd"), Ok(CompressionMethod::Zstd));
