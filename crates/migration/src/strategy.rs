@@ -10,7 +10,7 @@
 //!
 //! QEMU takes capabilities only before a migration begins. What [`replan`] may need later is therefore
 //! made ready beforehand, where it costs nothing: throttling always ([`ThrottleSetting::RESERVE`]),
-//! post-copy where the forecast is close (its destination gives up huge pages).
+//! post-copy where the forecast is close, or nothing was measured that it could rest on (its destination gives up huge pages).
 //!
 //! - [`settings`]: the settings that are chosen;
 //! - `ladder`: how;

@@ -464,7 +464,9 @@ impl<'a> Climb<'a> {
             let setting = if asked { self.throttle_setting() } else { ThrottleSetting::RESERVE };
             strategy.throttle = Some(setting);
         }
-        let close = forecast.margin_percent.is_some_and(|margin| margin < RESERVE_MARGIN_PERCENT);
+        // Of a guest whose writing was not measured it is not known how close it is.
+        let close = self.situation.facts.dirty.windows.is_empty()
+            || forecast.margin_percent.is_some_and(|margin| margin < RESERVE_MARGIN_PERCENT);
         let fits = strategy.channels.is_none() || multifd_with_postcopy(source, destination);
         if strategy.postcopy.is_none()
             && (close || options.postcopy.is_some())

@@ -285,6 +285,20 @@ fn what_the_user_has_said_is_kept() {
 }
 
 #[test]
+fn a_guest_whose_writing_is_not_known_has_postcopy_in_reserve_where_it_is_allowed() {
+    let reserve = |policy: &str, measured: bool| {
+        let mut world = World::new(1, 10).under(policy);
+        if !measured {
+            world.facts.dirty = DirtyMeasure::default();
+        }
+        world.plan().strategy.postcopy.map(|postcopy| postcopy.begin)
+    };
+    assert_eq!(reserve("minimal-downtime", false), Some(PostcopyBegin::WhenStalled));
+    assert_eq!(reserve("minimal-downtime", true), None);
+    assert_eq!(reserve("balanced", false), None);
+}
+
+#[test]
 fn who_gives_a_timeout_is_not_helped_otherwise() {
     let options = json!({"postcopy": {}, "timeout": {"seconds": 20, "then": "postcopy"}});
     let world = World::new(300, 100_000).under("must-finish").asking(options);
