@@ -64,7 +64,7 @@ pub async fn census(
 /// How many different pages a guest writes in windows of different length.
 ///
 /// # Errors
-/// As [`census`].
+/// As [`census()`].
 pub async fn dirty_curve(
     host: &Arc<Host>,
     vm: VmId,

@@ -1,5 +1,5 @@
 //! A migration followed to its end: the watch, opened again when it is lost; and the words about the end. Ctrl-C is in
-//! [`interrupts`], the figures are in [`figures`].
+//! [`interrupts`], the figures are in [`mod@figures`].
 
 mod figures;
 mod interrupts;

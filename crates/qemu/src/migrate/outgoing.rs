@@ -452,7 +452,7 @@ impl Outgoing {
     ///
     /// # Errors
     ///
-    /// [`OutgoingError::Postcopy`] once its state has been sent: [`take_back`] is the way then, if
+    /// [`OutgoingError::Postcopy`] once its state has been sent: [`take_back()`] is the way then, if
     /// there is any. [`OutgoingError::Query`], [`OutgoingError::TookTooLong`] after `within`: ask again.
     pub async fn cancel(&mut self, within: Duration) -> Result<Cancelled, OutgoingError> {
         let late = OutgoingError::TookTooLong { what: "a cancel", after: within };

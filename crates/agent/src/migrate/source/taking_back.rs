@@ -1,7 +1,7 @@
 //! The VM is taken back by an operator's word: whether that can be, and what it changes here.
 //!
 //! What follows from it is the rules' matter ([`whimbrel_migration::handoff::Source`]): this host's QEMU ends, then its record
-//! says that the VM is its own, crashed. Not here: the call ([`crate::migrate::reclaim`]).
+//! says that the VM is its own, crashed. Not here: the call ([`crate::migrate::reclaim()`]).
 
 use tracing::warn;
 use whimbrel_api::migration::{Statement, Stay};

@@ -19,7 +19,7 @@
 //! - Pages that the guest waits for know no limit of the bandwidth.
 //! - A cancel at pre-switchover ends the migration; 10.0 lets the guest run again, 7.2 leaves it
 //!   stopped (`postmigrate`). Later 10.0 refuses, and 7.2 hangs in `cancelling` for good once the
-//!   connection is lost: [`Outgoing::cancel`] does not ask, and [`take_back`](super::take_back) is
+//!   connection is lost: [`Outgoing::cancel`] does not ask, and [`take_back`](super::take_back()) is
 //!   the way.
 //! - In `postcopy-paused` neither `cont` nor another `migrate` is taken. It can be taken up again
 //!   any number of times, with the TLS objects of the first; a try that does not reach anybody
