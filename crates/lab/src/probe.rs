@@ -34,6 +34,8 @@ const STALL_MAX: Duration = Duration::from_secs(30);
 const PRIORITY: i32 = -20;
 /// A silence of the guest is kept in the list of gaps if it is at least this long.
 const GAP_MIN: Duration = Duration::from_millis(5);
+/// How long after a gap a loss is still its own.
+const GAP_TAIL: Duration = Duration::from_millis(20);
 /// The gaps that are kept of one stretch of time; of more, the longest.
 const GAPS_MAX: usize = 32;
 /// How often a thread that waits looks whether it is to stop.
@@ -123,6 +125,8 @@ struct Seen {
     last_echo: Instant,
     longest_gap: Duration,
     gaps: Vec<Gap>,
+    /// When the last of them ended.
+    gap_ended: Option<Instant>,
     own_longest_gap: Duration,
     longest_round_trip: Duration,
     stream_bytes: u64,
@@ -360,6 +364,7 @@ impl Seen {
             last_echo: now,
             longest_gap: Duration::ZERO,
             gaps: Vec::new(),
+            gap_ended: None,
             own_longest_gap: Duration::ZERO,
             longest_round_trip: Duration::ZERO,
             stream_bytes: 0,
@@ -374,8 +379,14 @@ impl Seen {
         let length = now.duration_since(self.last_echo);
         self.longest_gap = self.longest_gap.max(length);
         if length < GAP_MIN {
+            // The last datagram that the guest had taken before it stood still is answered first, and then comes the loss.
+            let soon = self.gap_ended.is_some_and(|ended| now.duration_since(ended) <= GAP_TAIL);
+            if let Some(gap) = self.gaps.last_mut().filter(|_| soon) {
+                gap.lost += lost;
+            }
             return;
         }
+        self.gap_ended = Some(now);
         let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let began_us = ended.saturating_sub(length).as_micros() as u64;
         self.gaps.push(Gap { began_us, ms: length.as_secs_f64() * 1000.0, lost });
