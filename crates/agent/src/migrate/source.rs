@@ -498,10 +498,7 @@ impl Side for Departure {
         tokio::select! {
             Some(order) = ears.orders.recv() => self.ordered(order),
             Some(answer) = self.asking.next(), if !self.asking.is_empty() => self.answered(answer),
-            Some(told) = self.telling.next(), if !self.telling.is_empty() => {
-                self.was_told(told);
-                None
-            }
+            Some(told) = self.telling.next(), if !self.telling.is_empty() => self.was_told(told),
             copied = or_never(self.copying.as_mut()) => Some(self.copied(copied)),
             told = rest(self.serving.as_mut()) => match told {
                 RestTold::Ended(ended) => self.served(*ended),

@@ -20,8 +20,9 @@ use whimbrel_api::migration::{
 };
 use whimbrel_api::{ApiError, ErrorCode, Phase};
 use whimbrel_migration::forecast::{Bottleneck, Convergence};
+use whimbrel_migration::handoff::SourceInput;
 use whimbrel_migration::strategy::{
-    Allowed, Observed, PASSES_KEPT, PassSeen, Rejection, Rung, Step, StepUp, replan,
+    Allowed, Observed, PASSES_KEPT, PassSeen, Rung, Step, StepUp, replan,
 };
 use whimbrel_qemu::migrate::outgoing::Control;
 use whimbrel_qemu::migrate::{LiveChange, Statistics};
@@ -46,8 +47,6 @@ pub(super) enum Order {
     Stop,
     /// The guest stands still, and post-copy begins.
     Postcopy,
-    /// The guest runs on, since an order was not taken.
-    GoOn,
 }
 
 /// An order, and whether QEMU has taken it.
@@ -306,27 +305,17 @@ impl Departure {
         self.telling.push(Box::pin(async move { (order, telling.await) }));
     }
 
-    /// QEMU has taken an order, or not. One for a step that it did not take leaves the way open for another.
-    pub(super) fn was_told(&mut self, (order, taken): Told) {
-        let Err(error) = taken else { return };
+    /// QEMU has taken an order, or not. One that holds the guest may have been carried out in part: the copy is given up
+    /// then, and the guest resumes where the rules say so. Never from here: by the time that QEMU hears it, it may have sent
+    /// the whole guest.
+    pub(super) fn was_told(&mut self, (order, taken): Told) -> Option<SourceInput> {
+        let error = taken.err()?;
         warn!(migration = %self.id, ?order, error = chain(&error), "QEMU did not take an order");
-        let what = match order {
-            Order::Limits | Order::GoOn => return,
-            Order::Stop => "stopping the guest",
-            Order::Postcopy => "post-copy",
-        };
-        let Some(guest) = self.guest.as_ref().filter(|_| self.copies()) else { return };
-        self.steering.past_choice = self.request.strategy.stop_first;
-        self.pause.stopped = None;
-        let machine = guest.qemu.machine.clone();
-        // It may stand still for an order that was not carried out to its end.
-        self.tell(Order::GoOn, async move { machine.cont().await });
-        let rejected = Rejection { what: what.to_owned(), why: chain(&error) };
-        self.decided(Decision {
-            measured: "the answer of the source's QEMU".to_owned(),
-            chosen: "to go on as before".to_owned(),
-            rejected: vec![rejected],
-        });
+        if order == Order::Limits || !self.copies() {
+            return None;
+        }
+        let message = format!("the source's QEMU did not take an order: {}", chain(&error));
+        Some(self.failed(Phase::Precopy, ErrorCode::Engine, message))
     }
 
     fn decided(&self, decision: Decision) {
