@@ -561,9 +561,11 @@ fn at_a_terminal(
     let mut command = Command::new("script");
     command
         .args(["-q", "-e", "-c"])
-        .arg(format!("{WHIMBREL} migrate web01 host-b"))
+        // `exec`: a shell that stayed would be interrupted too, and its end would hide the command's.
+        .arg(format!("exec {WHIMBREL} migrate web01 host-b"))
         .arg("/dev/null");
     command
+        .env("SHELL", "/bin/sh")
         .env("WHIMBREL_CLIENT", imitation.client())
         .env("TERM", "xterm")
         .env_remove("WHIMBREL_LOG");
