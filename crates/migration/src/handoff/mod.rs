@@ -160,7 +160,7 @@
 //! 2. The machine is finished when `is_finished()`; messages that come later go to [`answer`].
 //! 3. `Tick` comes every [`RESEND_INTERVAL_MS`], `Overdue` once, [`UNRESOLVED_AFTER_MS`] after the
 //!    release was written, or its writing has failed (by the monotonic clock; nothing depends on when exactly);
-//!    and again where a B that fetches has been silent for half a minute, for nothing stands still then.
+//!    and each time that a B that fetches falls silent for half a minute, for nothing stands still then.
 //! 4. Received messages are checked first: the peer's certificate must be that of `peer()` (or of
 //!    the controller relaying for it), and the message's `migration` selects the machine. A
 //!    message whose migration has no live machine goes to [`answer`].

@@ -92,10 +92,7 @@ enum State {
     /// The guest has been resumed; its record is being written, and then the outcome reported.
     Staying { why: String },
     /// The destination owns the VM and fetches memory from our QEMU.
-    Serving {
-        /// The operator has been told that the destination is silent.
-        raised: bool,
-    },
+    Serving,
     /// By the operator's word the VM is taken back: our QEMU is being ended first, for its memory must never run again.
     Discarding,
     /// Our QEMU is gone; the next epoch is being written. The VM has crashed here.
@@ -195,7 +192,7 @@ impl Source {
                 | State::InDoubt { .. }
                 | State::Retracting
                 | State::Keeping
-                | State::Serving { .. }
+                | State::Serving
                 | State::Discarding
                 | State::TakingBack
                 | State::Retiring
@@ -207,7 +204,7 @@ impl Source {
     /// became of it.
     #[must_use]
     pub const fn can_reclaim(&self) -> bool {
-        matches!(self.state, State::InDoubt { .. } | State::Serving { .. })
+        matches!(self.state, State::InDoubt { .. } | State::Serving)
     }
 
     /// Whether the VM is being taken back by an operator's word.
@@ -220,7 +217,7 @@ impl Source {
     /// `Retiring` it must not be ended by anybody.
     #[must_use]
     pub const fn is_serving(&self) -> bool {
-        matches!(self.state, State::Serving { .. })
+        matches!(self.state, State::Serving)
     }
 
     /// Takes one input and says what to do about it. An input that means nothing in the present
@@ -305,7 +302,7 @@ impl Source {
     fn completed(&mut self) -> Vec<Action> {
         match self.state {
             State::Copying { .. } => self.sent(),
-            State::Serving { .. } => self.retire(),
+            State::Serving => self.retire(),
             _ => {
                 self.rest = Rest::None;
                 Vec::new()
@@ -346,13 +343,13 @@ impl Source {
                 self.retire()
             }
             (State::InDoubt { .. } | State::Discarding, Body::Owned) => {
-                self.state = State::Serving { raised: false };
+                self.state = State::Serving;
                 vec![self.ask_fetched()]
             }
-            (State::InDoubt { .. } | State::Serving { .. } | State::Discarding, Body::Fetched) => {
+            (State::InDoubt { .. } | State::Serving | State::Discarding, Body::Fetched) => {
                 self.retire()
             }
-            (State::InDoubt { .. } | State::Serving { .. }, Body::Unknown) => self.overdue(),
+            (State::InDoubt { .. } | State::Serving, Body::Unknown) => self.overdue(),
             _ => Vec::new(),
         }
     }
@@ -361,7 +358,7 @@ impl Source {
         match self.state {
             State::Confirming => vec![self.send(Body::AskLoaded)],
             State::InDoubt { .. } => vec![self.go()],
-            State::Serving { .. } => vec![self.ask_fetched()],
+            State::Serving => vec![self.ask_fetched()],
             State::Retracting => self.retract(),
             State::Staying { .. } | State::TakingBack => vec![self.persist_owned()],
             State::Discarding => vec![Action::QuitSource],
@@ -375,7 +372,7 @@ impl Source {
     fn cancel(&mut self) -> Vec<Action> {
         match self.state {
             State::InDoubt { .. }
-            | State::Serving { .. }
+            | State::Serving
             | State::Discarding
             | State::TakingBack
             | State::Retiring
@@ -435,7 +432,8 @@ impl Source {
     fn overdue(&mut self) -> Vec<Action> {
         match self.state {
             State::InDoubt { raised: false } => self.state = State::InDoubt { raised: true },
-            State::Serving { raised: false } => self.state = State::Serving { raised: true },
+            // It may be heard again and fall silent again: each time is told.
+            State::Serving => {}
             // Neither our ledger nor the destination says whether the VM was given away.
             State::Retracting => {}
             _ => return Vec::new(),
