@@ -1,8 +1,8 @@
 //! The client of both interfaces: [`PoolClient`] for the controller, [`AgentClient`] for an agent.
 //!
 //! One function a call, nothing clever: no retries (whoever calls knows whether the request may be repeated), no caching.
-//! An answer that did not come is [`ErrorCode::Unreachable`], in words that name a certificate's trouble where that is the
-//! cause. Called by the command line, the controller (to agents) and the agents (to each other).
+//! An answer that did not come is [`ErrorCode::Unreachable`]; where a certificate is the cause the code and the words name
+//! its trouble. Called by the command line, the controller (to agents) and the agents (to each other).
 
 mod agent;
 mod config;
@@ -181,11 +181,8 @@ impl Caller {
         };
         let told = trouble.between(&name(&we), &name(&they));
         let message = format!("no secure connection to {}: {told}", self.who());
-        ApiError::new(ErrorCode::Unreachable, message).hint(advice(
-            &trouble,
-            we.as_ref(),
-            they.as_ref(),
-        ))
+        let advice = advice(&trouble, we.as_ref(), they.as_ref());
+        ApiError::new(ErrorCode::of_tls(&trouble), message).hint(advice)
     }
 
     /// A stream on which nothing comes any more, signs of life neither.

@@ -1,11 +1,13 @@
 //! What can be answered instead of a result: one stable code for machines, a sentence and a hint for people.
 //!
 //! A *refusal* (4xx) means that nothing was begun. A *failure* (5xx) means that something was tried. "Unknown" has a
-//! code of its own ([`ErrorCode::Unreachable`]): whoever gets it asks again and does not guess.
+//! code of its own ([`ErrorCode::Unreachable`]): whoever gets it asks again and does not guess. Where it is for a certificate
+//! that nobody answers, the code says which trouble it has ([`ErrorCode::of_tls`]).
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use whimbrel_migration::preflight::Verdict;
+use whimbrel_pki::trouble::TlsTrouble;
 
 macro_rules! error_codes {
     ($( $(#[$doc:meta])* $variant:ident = $code:literal, $status:literal; )*) => {
@@ -75,10 +77,53 @@ error_codes! {
     Engine = "engine", 502;
     /// A host did not answer: its state is unknown, which is not "failed".
     Unreachable = "unreachable", 503;
+    /// The certificate of one of the two ends has expired; the message says whose. Nothing was begun.
+    CertificateExpired = "certificate-expired", 503;
+    /// A certificate is not valid yet: one of the two clocks is wrong. Nothing was begun.
+    CertificateNotYetValid = "certificate-not-yet-valid", 503;
+    /// A certificate was not issued by this pool's authority. Nothing was begun.
+    CertificateForeign = "certificate-foreign", 503;
+    /// Whoever answers is of the pool, and is not who was called. Nothing was begun.
+    CertificateWrongName = "certificate-wrong-name", 503;
+    /// A certificate is refused for another reason: its role, its purpose, its signature, or there is none. Nothing was begun.
+    CertificateRefused = "certificate-refused", 503;
     /// The process is busy beyond a bound; try again.
     Busy = "busy", 503;
     /// A defect or a broken machine: disk full, database unusable.
     Internal = "internal", 500;
+}
+
+impl ErrorCode {
+    /// The code of a connection that was not made: what is wrong with a certificate, else [`ErrorCode::Unreachable`].
+    pub fn of_tls(trouble: &TlsTrouble) -> Self {
+        use TlsTrouble as T;
+        match trouble {
+            T::Expired { .. } => Self::CertificateExpired,
+            T::NotYetValid { .. } => Self::CertificateNotYetValid,
+            T::UnknownAuthority { .. } => Self::CertificateForeign,
+            T::WrongName { .. } => Self::CertificateWrongName,
+            T::WrongPurpose { .. }
+            | T::NoClientCertificate { .. }
+            | T::NoRole { .. }
+            | T::BadSignature { .. } => Self::CertificateRefused,
+            T::NotTls | T::OldProtocol | T::Closed | T::TimedOut { .. } | T::Handshake { .. } => {
+                Self::Unreachable
+            }
+        }
+    }
+
+    /// Whether a certificate is in the way: the request was not heard, and asking again does not help.
+    pub fn is_certificate(self) -> bool {
+        use ErrorCode as C;
+        matches!(
+            self,
+            C::CertificateExpired
+                | C::CertificateNotYetValid
+                | C::CertificateForeign
+                | C::CertificateWrongName
+                | C::CertificateRefused
+        )
+    }
 }
 
 /// The body of every answer that is not a success.
@@ -125,9 +170,9 @@ impl ApiError {
         (400..500).contains(&self.code.status())
     }
 
-    /// Whether the outcome of the request is unknown: ask again, with the same ids.
+    /// Whether whoever was asked gave no answer: what an earlier request with the same ids has done is unknown.
     pub fn is_unknown(&self) -> bool {
-        self.code == ErrorCode::Unreachable
+        self.code == ErrorCode::Unreachable || self.code.is_certificate()
     }
 }
 

@@ -95,7 +95,7 @@ fn nobody_else_may_call() {
             let stranger = whimbrel_pki::authority::Authority::create().unwrap();
             let foreign = ControllerIdentity::issue(&stranger).unwrap();
             let refused = client(&place, &foreign.client()).host().await.unwrap_err();
-            assert_eq!(refused.code, ErrorCode::Unreachable);
+            assert_eq!(refused.code, ErrorCode::CertificateForeign);
         });
     });
 }

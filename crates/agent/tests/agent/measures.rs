@@ -172,7 +172,7 @@ fn the_way_between_two_hosts_is_measured_and_remembered() {
             // Somebody else's name at that address.
             let other = LinkRequest::new("c".parse().unwrap(), agent);
             let refused = controller(&a).link(&other).await.unwrap_err();
-            assert_eq!(refused.code, ErrorCode::Unreachable);
+            assert_eq!(refused.code, ErrorCode::CertificateWrongName);
             let cpu = controller(&a).cpu().await.unwrap();
             assert!(cpu.spare.cores > 0 && !cpu.boot.is_empty());
             assert!(cpu.spare.spare_cores <= cpu.spare.cores as f64);

@@ -80,9 +80,10 @@ async fn only_operators_of_this_pool_are_heard() {
     // Of another pool: with its own authority it does not trust us, with ours it is not trusted.
     let foreign = OperatorIdentity::issue(&Authority::create().unwrap(), "ann").unwrap().client();
     let error = client(&rig, &foreign).hosts().await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::CertificateForeign);
     assert!(error.message.contains("not issued by this pool"), "{error}");
     let disguised = Credentials { ca: authority.certificate().clone(), ..foreign };
     let error = client(&rig, &disguised).hosts().await.unwrap_err();
-    assert_eq!(error.code, ErrorCode::Unreachable);
+    assert_eq!(error.code, ErrorCode::CertificateForeign);
     assert!(error.message.contains("was not issued by this pool"), "{error}");
 }

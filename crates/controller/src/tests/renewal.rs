@@ -115,7 +115,7 @@ async fn an_expired_host_is_named_with_what_to_do_and_joins_again() {
         options: MigrateOptions::default(),
     };
     let refused = rig.client.migrate(&to_b).await.unwrap_err();
-    assert_eq!(refused.code, ErrorCode::Unreachable);
+    assert_eq!(refused.code, ErrorCode::CertificateExpired);
     assert!(refused.message.contains("the certificate of host-b expired 3 days ago"), "{refused}");
     assert!(refused.hint.as_ref().unwrap().contains("--join TOKEN"), "{refused:?}");
     assert!(rig.client.migrations().await.unwrap().is_empty(), "nothing was begun");
@@ -143,23 +143,73 @@ async fn a_host_of_another_pool_is_named() {
 }
 
 #[tokio::test]
-async fn an_expired_operator_is_told_so() {
+async fn an_operator_is_told_which_certificate_has_which_trouble() {
     let rig = Rig::new().await;
+    let host = rig.host("host-a").await;
     let pool = authority(&rig);
-    let key = PrivateKey::generate().unwrap();
-    let certificate =
-        pool.issue_within(Role::Operator("ann"), &key.subject().unwrap(), over(2)).unwrap();
-    let own = Credentials { ca: pool.certificate().clone(), certificate, key };
-    let client = PoolClient::new(
-        Target::Tcp(rig.address.to_string()),
-        Arc::new(tls::client_config(&own).unwrap()),
-    );
-    let error = client.unwrap().hosts().await.unwrap_err();
-    assert!(
-        error.message.contains("the certificate of operator ann expired 2 days ago"),
-        "{error}"
-    );
-    assert!(error.hint.unwrap().contains("whimbrel pool renew"));
+    let issued = |within: Validity| {
+        let key = PrivateKey::generate().unwrap();
+        let subject = key.subject().unwrap();
+        let certificate = pool.issue_within(Role::Operator("ann"), &subject, within).unwrap();
+        Credentials { ca: pool.certificate().clone(), certificate, key }
+    };
+    let early = SystemTime::now() + DAY;
+    let foreign = OperatorIdentity::issue(&Authority::create().unwrap(), "ann").unwrap().client();
+    let disguised = Credentials { ca: pool.certificate().clone(), ..foreign.clone() };
+    let of_host = HostIdentity::issue(&pool, "host-a").unwrap().server();
+    let there = rig.address;
+    let cases = [
+        (
+            issued(over(2)),
+            there,
+            ErrorCode::CertificateExpired,
+            "operator ann expired 2 days ago",
+            "whimbrel pool renew",
+        ),
+        (
+            issued(Validity { not_before: early, not_after: early + DAY }),
+            there,
+            ErrorCode::CertificateNotYetValid,
+            "operator ann is valid in",
+            "clocks",
+        ),
+        (
+            foreign,
+            there,
+            ErrorCode::CertificateForeign,
+            "of the controller was not issued by this pool",
+            "same pool",
+        ),
+        (
+            disguised,
+            there,
+            ErrorCode::CertificateForeign,
+            "of operator ann was not issued by this pool",
+            "same pool",
+        ),
+        (
+            issued(left(9)),
+            host.address,
+            ErrorCode::CertificateWrongName,
+            "host-a.agent.whimbrel",
+            "address",
+        ),
+        (
+            of_host,
+            there,
+            ErrorCode::CertificateRefused,
+            "for the other end of a connection",
+            "whimbrel host show",
+        ),
+    ];
+    for (own, address, code, words, advice) in cases {
+        let config = Arc::new(tls::client_config(&own).unwrap());
+        let client = PoolClient::new(Target::Tcp(address.to_string()), config).unwrap();
+        let error = client.hosts().await.unwrap_err();
+        assert_eq!(error.code, code, "{error}");
+        assert!(error.message.contains(words), "{error}");
+        assert!(error.hint.as_ref().unwrap().contains(advice), "{error:?}");
+    }
 }
 
 #[tokio::test]
