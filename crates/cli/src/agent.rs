@@ -8,9 +8,9 @@ use clap::Args;
 use whimbrel_agent::config::{AcceleratorChoice, AgentConfig};
 use whimbrel_agent::join::JoinError;
 use whimbrel_agent::sources::AllowedSource;
-use whimbrel_api::Name;
+use whimbrel_api::{ErrorCode, Name};
 
-use crate::failure::Failure;
+use crate::failure::{Failure, OwnCode};
 use crate::values::{self, BadValue};
 
 /// Where an agent keeps its state that nobody put elsewhere.
@@ -90,7 +90,7 @@ struct Settings {
 impl Agent {
     pub(crate) async fn run(self) -> Result<(), Failure> {
         let wrong = |error: whimbrel_agent::config::ConfigError| {
-            Failure::usage("bad-request", whimbrel_api::error::chain(&error))
+            Failure::usage(ErrorCode::BadRequest, whimbrel_api::error::chain(&error))
         };
         let config = match &self.config {
             Some(file) => AgentConfig::load(file).map_err(wrong)?,
@@ -111,7 +111,10 @@ impl Agent {
 impl Settings {
     fn config(self) -> Result<AgentConfig, Failure> {
         let (Some(name), Some(listen)) = (self.name, self.listen) else {
-            return Err(Failure::usage("usage", "an agent needs --name and --listen, or --config"));
+            return Err(Failure::own(
+                OwnCode::Usage,
+                "an agent needs --name and --listen, or --config",
+            ));
         };
         let defaults = AgentConfig::new(self.dir, name, listen);
         Ok(AgentConfig {
@@ -129,8 +132,10 @@ impl Settings {
 
 fn not_joined(error: JoinError) -> Failure {
     match error {
-        JoinError::Token(_) => Failure::usage("bad-token", whimbrel_api::error::chain(&error))
-            .hint("`whimbrel pool join-token` makes one"),
+        JoinError::Token(_) => {
+            Failure::usage(ErrorCode::BadToken, whimbrel_api::error::chain(&error))
+                .hint("`whimbrel pool join-token` makes one")
+        }
         JoinError::Controller(error) => Failure::from(error),
         error => Failure::because("this host cannot join", &error),
     }

@@ -27,7 +27,7 @@ Exit codes:
   0    done
   1    failed: something was tried and did not succeed
   2    wrong usage or input; nobody was asked
-  3    refused: the controller said no, nothing was begun
+  3    refused: the controller or the lab said no, nothing was begun
   4    unknown: no answer, or a migration that is unresolved; ask again
   130  interrupted by Ctrl-C
 

@@ -5,9 +5,10 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use whimbrel_api::ErrorCode;
 use whimbrel_api::client::{ClientConfig, ClientConfigError, PoolClient};
 
-use crate::failure::Failure;
+use crate::failure::{Failure, OwnCode};
 use crate::output;
 
 /// Largest file with settings that is read, in bytes.
@@ -16,7 +17,6 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 const LAB_FILE: &str = "/var/tmp/whimbrel-lab/client.toml";
 /// How many days before its end an operator's certificate is worth a note.
 const EXPIRY_NOTE_DAYS: i64 = 30;
-const NO_CONTROLLER: &str = "no-controller";
 
 /// The controller that the user means: `given` if it is, else the first file of [`places`] that exists.
 pub(crate) fn pool(given: Option<&Path>) -> Result<PoolClient, Failure> {
@@ -29,7 +29,7 @@ pub(crate) fn pool(given: Option<&Path>) -> Result<PoolClient, Failure> {
     };
     let unusable = |error: ClientConfigError| {
         let message = whimbrel_api::error::chain(&error);
-        Failure::usage(NO_CONTROLLER, message)
+        Failure::own(OwnCode::NoController, message)
             .hint("`whimbrel --help` tells where this file is looked for")
     };
     let config = ClientConfig::load(&path).map_err(unusable)?;
@@ -62,21 +62,21 @@ fn none_found(places: &[PathBuf]) -> Failure {
     let places: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
     let message =
         format!("no client.toml says where the controller is; looked for {}", places.join(", "));
-    Failure::usage(NO_CONTROLLER, message)
+    Failure::own(OwnCode::NoController, message)
         .hint("start a lab with `whimbrel lab up`, or give the operator's file: --client FILE, or WHIMBREL_CLIENT")
 }
 
 /// The text of a settings file that the user named.
 pub(crate) fn read_bounded(path: &Path) -> Result<String, Failure> {
     let cannot = |error: std::io::Error| {
-        Failure::usage("bad-path", format!("cannot read {}: {error}", path.display()))
+        Failure::usage(ErrorCode::BadPath, format!("cannot read {}: {error}", path.display()))
     };
     let file = File::open(path).map_err(cannot)?;
     let mut text = String::new();
     file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(cannot)?;
     if text.len() as u64 > FILE_BYTES_MAX {
         let message = format!("{} is larger than {FILE_BYTES_MAX} bytes", path.display());
-        return Err(Failure::usage("too-large", message));
+        return Err(Failure::usage(ErrorCode::TooLarge, message));
     }
     Ok(text)
 }
@@ -92,9 +92,12 @@ mod tests {
         std::fs::write(&path, "#".repeat(FILE_BYTES_MAX as usize)).unwrap();
         assert_eq!(read_bounded(&path).unwrap().len() as u64, FILE_BYTES_MAX);
         std::fs::write(&path, "#".repeat(FILE_BYTES_MAX as usize + 1)).unwrap();
-        assert_eq!(read_bounded(&path).unwrap_err().code, "too-large");
-        assert_eq!(read_bounded(&folder.path().join("none")).unwrap_err().code, "bad-path");
-        assert_eq!(read_bounded(folder.path()).unwrap_err().code, "bad-path");
+        assert_eq!(read_bounded(&path).unwrap_err().code, ErrorCode::TooLarge.into());
+        assert_eq!(
+            read_bounded(&folder.path().join("none")).unwrap_err().code,
+            ErrorCode::BadPath.into()
+        );
+        assert_eq!(read_bounded(folder.path()).unwrap_err().code, ErrorCode::BadPath.into());
     }
 
     #[test]

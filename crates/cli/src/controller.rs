@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use whimbrel_api::ErrorCode;
 use whimbrel_controller::Config;
 
 use crate::failure::Failure;
@@ -33,7 +34,7 @@ impl Controller {
     pub(crate) async fn run(self) -> Result<(), Failure> {
         let config = Config::load(&self.config.unwrap_or(self.dir)).map_err(|error| {
             let message = whimbrel_api::error::chain(&error);
-            Failure::usage("bad-request", message)
+            Failure::usage(ErrorCode::BadRequest, message)
                 .hint("`whimbrel pool init` makes a pool with its settings")
         })?;
         let run = whimbrel_controller::run(config).await;

@@ -40,13 +40,83 @@ impl From<Exit> for ExitCode {
     }
 }
 
+macro_rules! own_codes {
+    ($( $(#[$doc:meta])* $variant:ident = $code:literal, $exit:ident; )*) => {
+        /// The codes that the command line has besides those of the API; each has one exit code.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum OwnCode {
+            $( $(#[$doc])* $variant, )*
+        }
+
+        impl OwnCode {
+            /// All of them, for the manual's table.
+            #[cfg(test)]
+            const ALL: &'static [OwnCode] = &[$(OwnCode::$variant),*];
+
+            fn as_str(self) -> &'static str {
+                match self { $(OwnCode::$variant => $code,)* }
+            }
+
+            fn exit(self) -> Exit {
+                match self { $(OwnCode::$variant => Exit::$exit,)* }
+            }
+        }
+    };
+}
+
+own_codes! {
+    /// Something on this side was tried and did not succeed.
+    Failed = "failed", Failed;
+    /// The command line itself makes no sense.
+    Usage = "usage", Usage;
+    /// No file says where the controller is, or the one that does is unusable.
+    NoController = "no-controller", Usage;
+    /// The lab makes namespaces, which only root may.
+    NotRoot = "not-root", Usage;
+    /// What the lab needs has not been fetched or built.
+    NotSetUp = "not-set-up", Refused;
+    /// How a migration ended is not known.
+    Unknown = "unknown", Unknown;
+    /// Nobody knows yet where the VM belongs.
+    Unresolved = "unresolved", Unknown;
+    /// Ctrl-C.
+    Interrupted = "interrupted", Interrupted;
+}
+
+/// The stable word for machines. The manual's tables have each: a test compares them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Code {
+    /// One of the API's, from the other side or because this side refuses for the same reason.
+    Api(ErrorCode),
+    /// One of the command line's own.
+    Own(OwnCode),
+    /// What a migration's record says of why the VM stayed.
+    Stay(String),
+}
+
+impl Code {
+    pub(crate) fn as_str(&self) -> &str {
+        match self {
+            Self::Api(code) => code.as_str(),
+            Self::Own(code) => code.as_str(),
+            Self::Stay(code) => code,
+        }
+    }
+}
+
+impl From<ErrorCode> for Code {
+    fn from(code: ErrorCode) -> Self {
+        Self::Api(code)
+    }
+}
+
 /// Why a command did not do what it was asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Failure {
     /// How the process ends.
     pub(crate) exit: Exit,
     /// A stable word for machines.
-    pub(crate) code: String,
+    pub(crate) code: Code,
     /// What is the matter, in one sentence.
     pub(crate) message: String,
     /// What to do about it.
@@ -58,14 +128,18 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    fn new(exit: Exit, code: &str, message: impl Into<String>) -> Self {
-        let (code, message) = (code.to_owned(), message.into());
-        Self { exit, code, message, hint: None, verdicts: Vec::new(), facts: None }
+    fn new(exit: Exit, code: Code, message: impl Into<String>) -> Self {
+        Self { exit, code, message: message.into(), hint: None, verdicts: Vec::new(), facts: None }
+    }
+
+    /// What has a code of the command line's own.
+    pub(crate) fn own(code: OwnCode, message: impl Into<String>) -> Self {
+        Self::new(code.exit(), Code::Own(code), message)
     }
 
     /// Something here, on this side, was tried and failed.
     pub(crate) fn failed(message: impl Into<String>) -> Self {
-        Self::new(Exit::Failed, "failed", message)
+        Self::own(OwnCode::Failed, message)
     }
 
     /// The same with all causes of an error.
@@ -74,23 +148,23 @@ impl Failure {
     }
 
     /// What was asked for makes no sense; nobody was asked.
-    pub(crate) fn usage(code: &str, message: impl Into<String>) -> Self {
-        Self::new(Exit::Usage, code, message)
+    pub(crate) fn usage(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self::new(Exit::Usage, code.into(), message)
     }
 
     /// It would not be begun.
-    pub(crate) fn refused(code: &str, message: impl Into<String>) -> Self {
-        Self::new(Exit::Refused, code, message)
+    pub(crate) fn refused(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self::new(Exit::Refused, code.into(), message)
     }
 
-    /// Whether it came about is not known.
-    pub(crate) fn unknown(code: &str, message: impl Into<String>) -> Self {
-        Self::new(Exit::Unknown, code, message)
+    /// The VM stayed where it was, for this reason.
+    pub(crate) fn stayed(why: &str, message: impl Into<String>) -> Self {
+        Self::new(Exit::Failed, Code::Stay(why.to_owned()), message)
     }
 
     /// The user pressed Ctrl-C.
     pub(crate) fn interrupted(message: impl Into<String>) -> Self {
-        Self::new(Exit::Interrupted, "interrupted", message)
+        Self::own(OwnCode::Interrupted, message)
     }
 
     /// The same with advice.
@@ -118,7 +192,7 @@ impl Failure {
     /// The object that `--json` prints.
     pub(crate) fn as_json(&self) -> Value {
         let mut object = json!({
-            "error": self.code,
+            "error": self.code.as_str(),
             "message": self.message,
             "exit_code": self.exit as u8,
         });
@@ -137,7 +211,7 @@ impl Failure {
     /// What stands on standard error.
     pub(crate) fn lines(&self) -> Vec<String> {
         // Some messages have several lines: the TOML reader points to the place in the file.
-        let mut lines = indented(&format!("error[{}]: ", self.code), &self.message);
+        let mut lines = indented(&format!("error[{}]: ", self.code.as_str()), &self.message);
         lines.extend(self.verdicts.iter().flat_map(verdict_lines));
         if let Some(hint) = &self.hint {
             lines.extend(indented("hint: ", hint));
@@ -169,10 +243,11 @@ impl From<ApiError> for Failure {
             // A newer controller's code: whether something was begun cannot be read from it.
             ErrorCode::Unreachable | ErrorCode::Unknown => Exit::Unknown,
             ErrorCode::Busy => Exit::Refused,
+            code if code.is_certificate() => Exit::Refused,
             _ if error.is_refusal() => Exit::Refused,
             _ => Exit::Failed,
         };
-        let failure = Self::new(exit, error.code.as_str(), error.message);
+        let failure = Self::new(exit, error.code.into(), error.message);
         Self { hint: error.hint, verdicts: error.verdicts, ..failure }
     }
 }
@@ -191,11 +266,40 @@ mod tests {
         assert_eq!(exit(ErrorCode::Internal), Exit::Failed);
         assert_eq!(exit(ErrorCode::Unreachable), Exit::Unknown);
         assert_eq!(exit(ErrorCode::Unknown), Exit::Unknown);
+        assert_eq!(exit(ErrorCode::CertificateExpired), Exit::Refused);
+    }
+
+    /// The first cell of each row of a table of codes, with the cell of the column `exit`, from 1.
+    fn rows(heading: &str, exit: usize) -> Vec<(&'static str, &'static str)> {
+        let manual = include_str!("../../../docs/operating.md");
+        let section = manual.split_once(&format!("\n{heading}\n")).map_or("", |(_, rest)| rest);
+        let lines = section.lines().take_while(|line| !line.starts_with('#'));
+        let cells = lines.filter_map(|line| line.strip_prefix("| `")?.split_once("` |"));
+        cells
+            .map(|(code, rest)| (code, rest.split('|').nth(exit - 1).unwrap_or("").trim()))
+            .collect()
+    }
+
+    #[test]
+    fn the_manual_has_each_code_with_its_exit() {
+        let number = |exit: Exit| (exit as u8).to_string();
+        let told = |codes: &[(&str, Exit)]| -> Vec<(String, String)> {
+            codes.iter().map(|(code, exit)| ((*code).to_owned(), number(*exit))).collect()
+        };
+        let read = |rows: Vec<(&str, &str)>| -> Vec<(String, String)> {
+            rows.into_iter().map(|(code, exit)| (code.to_owned(), exit.to_owned())).collect()
+        };
+        let api = ErrorCode::ALL.iter();
+        let api: Vec<_> =
+            api.map(|c| (c.as_str(), Failure::from(ApiError::new(*c, "m")).exit)).collect();
+        assert_eq!(read(rows("## Error codes", 2)), told(&api));
+        let own: Vec<_> = OwnCode::ALL.iter().map(|c| (c.as_str(), c.exit())).collect();
+        assert_eq!(read(rows("### Codes of the command line", 1)), told(&own));
     }
 
     #[test]
     fn words_and_json_say_the_same() {
-        let failure = Failure::usage("bad-request", "one\n two\n").hint("do this");
+        let failure = Failure::usage(ErrorCode::BadRequest, "one\n two\n").hint("do this");
         assert_eq!(failure.lines(), ["error[bad-request]: one", "   two", "hint: do this"]);
         let json = failure.as_json();
         assert_eq!(json["error"], "bad-request");

@@ -17,7 +17,7 @@ use whimbrel_api::{ApiError, Downtime, ErrorCode, MigrationId, Name, Phase};
 pub(crate) use self::figures::{arrival_ms, downtime_parts, figures, postcopy_text};
 pub(crate) use self::interrupts::Interrupts;
 use self::interrupts::{Answers, Next, Wish, can_ask};
-use crate::failure::{Exit, Failure};
+use crate::failure::{Exit, Failure, OwnCode};
 use crate::progress::{Progress, Voice};
 use crate::{output, words};
 
@@ -112,9 +112,8 @@ pub(crate) async fn watch(
                     let hint = format!(
                         "the migration goes on without its controller; `whimbrel migration watch {id}` follows it"
                     );
-                    return Err(Failure::from(error)
-                        .hint(hint)
-                        .with_facts(open_end("unknown", id)));
+                    let lost = Failure { exit: Exit::Unknown, ..Failure::from(error) };
+                    return Err(lost.hint(hint).with_facts(open_end("unknown", id)));
                 }
             }
             Err(error) => return Err(error.into()),
@@ -246,18 +245,14 @@ fn judge(record: &Migration, interrupted: bool) -> Result<(), Failure> {
     let sentence = outcome_sentence(record);
     let failure = match &record.state {
         MigrationState::Moved => return Ok(()),
-        MigrationState::Running => Failure::unknown("unknown", sentence),
+        MigrationState::Running => Failure::own(OwnCode::Unknown, sentence),
         MigrationState::Stayed { why: Stay::Cancelled } if interrupted => Failure::interrupted(sentence),
-        MigrationState::Stayed { why } => {
-            Failure { code: stay_code(why).to_owned(), ..Failure::failed(sentence) }
-        }
+        MigrationState::Stayed { why } => Failure::stayed(stay_code(why), sentence),
         MigrationState::Refused => Failure {
-            exit: Exit::Refused,
-            code: ErrorCode::PreflightRefused.as_str().to_owned(),
             verdicts: record.verdicts.clone(),
-            ..Failure::failed(sentence)
+            ..Failure::refused(ErrorCode::PreflightRefused, sentence)
         },
-        MigrationState::Unresolved { ask } => Failure::unknown("unresolved", sentence).hint(format!(
+        MigrationState::Unresolved { ask } => Failure::own(OwnCode::Unresolved, sentence).hint(format!(
             "it settles by itself once {ask} answers; `whimbrel migration watch {}` waits for it",
             record.id
         )),

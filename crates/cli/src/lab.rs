@@ -7,6 +7,7 @@ use std::process::{Command, ExitCode, ExitStatus};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use whimbrel_api::{ApiError, ErrorCode};
 use whimbrel_lab::report::{Command as WitnessCommand, Damage, Report};
 use whimbrel_lab::{
     Cancel, DIR_DEFAULT, HOSTS_DEFAULT, HOSTS_MAX, Lab as LabHandle, LabConfig, LabError,
@@ -14,7 +15,7 @@ use whimbrel_lab::{
 };
 
 use crate::command::Options;
-use crate::failure::{Exit, Failure};
+use crate::failure::{Failure, OwnCode};
 use crate::follow::Interrupts;
 use crate::{output, values};
 
@@ -401,26 +402,29 @@ pub(crate) async fn blocking<T: Send + 'static>(
 impl From<LabError> for Failure {
     fn from(error: LabError) -> Self {
         let message = whimbrel_api::error::chain(&error);
-        let (exit, code) = match error {
-            LabError::NotRoot => (Exit::Usage, "not-root"),
-            LabError::BadConfig { .. } => (Exit::Usage, "bad-request"),
-            LabError::Busy { .. } => (Exit::Refused, "busy"),
-            LabError::AlreadyUp { .. } | LabError::InTheWay { .. } => (Exit::Refused, "exists"),
-            LabError::NotUp { .. } | LabError::UnknownHost { .. } => (Exit::Refused, "not-found"),
-            LabError::NotTraversable { .. } => (Exit::Refused, "bad-path"),
-            LabError::NoWitness | LabError::NotSetUp { .. } => (Exit::Refused, "not-set-up"),
-            LabError::Guest { .. } => (Exit::Unknown, "unreachable"),
-            LabError::GuestRefused { .. } => (Exit::Refused, "wrong-state"),
-            LabError::Interrupted => (Exit::Interrupted, "interrupted"),
-            _ => (Exit::Failed, "failed"),
-        };
-        Self { exit, code: code.to_owned(), ..Self::failed(message) }
+        let refused = |code| Self::refused(code, message.clone());
+        match error {
+            LabError::NotRoot => Self::own(OwnCode::NotRoot, message),
+            LabError::BadConfig { .. } => Self::usage(ErrorCode::BadRequest, message),
+            LabError::Busy { .. } => refused(ErrorCode::Busy),
+            LabError::AlreadyUp { .. } | LabError::InTheWay { .. } => refused(ErrorCode::Exists),
+            LabError::NotUp { .. } | LabError::UnknownHost { .. } => refused(ErrorCode::NotFound),
+            LabError::NotTraversable { .. } => refused(ErrorCode::BadPath),
+            LabError::NoWitness | LabError::NotSetUp { .. } => {
+                Self::own(OwnCode::NotSetUp, message)
+            }
+            LabError::Guest { .. } => Self::from(ApiError::new(ErrorCode::Unreachable, message)),
+            LabError::GuestRefused { .. } => refused(ErrorCode::WrongState),
+            LabError::Interrupted => Self::interrupted(message),
+            _ => Self::failed(message),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::failure::Exit;
 
     #[test]
     fn exit_codes_are_a_shells() {

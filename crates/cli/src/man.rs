@@ -6,7 +6,7 @@ use clap::{Args, CommandFactory as _};
 use clap_mangen::Man as Page;
 
 use crate::command::{CommandLine, Options};
-use crate::failure::Failure;
+use crate::failure::{Failure, OwnCode};
 use crate::output;
 
 /// Print a manual page, or write all of them
@@ -51,7 +51,7 @@ fn page(words: &[String]) -> Result<String, Failure> {
     let mut command = &whole;
     for word in words {
         command = command.find_subcommand(word).ok_or_else(|| {
-            Failure::usage("usage", format!("there is no command `{}`", words.join(" ")))
+            Failure::own(OwnCode::Usage, format!("there is no command `{}`", words.join(" ")))
         })?;
     }
     let title = std::iter::once("whimbrel").chain(words.iter().map(String::as_str));
@@ -90,6 +90,6 @@ mod tests {
             }
         }
         all(&CommandLine::command(), &[]);
-        assert_eq!(page(&["fly".to_owned()]).unwrap_err().code, "usage");
+        assert_eq!(page(&["fly".to_owned()]).unwrap_err().code.as_str(), "usage");
     }
 }

@@ -101,12 +101,18 @@ async fn admit(
     }
 }
 
-/// Sends the request, again after a lost answer: with the same id it is the same request.
+/// Sends the request, again after a lost answer: with the same id it is the same request. A certificate's trouble is told at
+/// once, unless an answer was lost before: then it is not known whether it was admitted.
 async fn ask(pool: &PoolClient, request: &MigrateRequest) -> Result<Migration, ApiError> {
     let mut pause = Duration::from_millis(ASK_PAUSE_MS);
+    let mut lost = None;
     for _ in 1..ASK_TRIES_MAX {
         match pool.migrate(request).await {
-            Err(error) if error.is_unknown() => tracing::info!(%error, "asking again"),
+            Err(error) if error.code.is_certificate() => return Err(lost.unwrap_or(error)),
+            Err(error) if error.is_unknown() => {
+                tracing::info!(%error, "asking again");
+                lost = Some(error);
+            }
             answer => return answer,
         }
         tokio::time::sleep(pause).await;
@@ -116,7 +122,7 @@ async fn ask(pool: &PoolClient, request: &MigrateRequest) -> Result<Migration, A
 }
 
 fn refused(error: ApiError, request: &MigrateRequest) -> Failure {
-    if !error.is_unknown() {
+    if !error.is_unknown() || error.code.is_certificate() {
         return Failure::from(error).with_facts(follow::open_end("refused", request.id));
     }
     let hint = format!("if it was admitted, `whimbrel migration show {}` shows it", request.id);

@@ -1,12 +1,12 @@
 //! `whimbrel plan`: what moving a VM would take, before anything starts.
 
 use clap::Args;
-use whimbrel_api::Name;
 use whimbrel_api::plan::{
     Candidate, DestinationPlan, MeasuredAt, Measurements, PlanRequest, VmPlan,
 };
 use whimbrel_api::policy::PolicyOrigin;
 use whimbrel_api::vm::Bytes;
+use whimbrel_api::{ErrorCode, Name};
 use whimbrel_migration::forecast::Convergence;
 use whimbrel_migration::preflight::{Severity, Verdict};
 
@@ -82,7 +82,7 @@ fn judge(plan: &VmPlan, json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     let message = format!("{} cannot be moved to any of these hosts", plan.vm_name);
-    Err(Failure::refused("preflight-refused", message))
+    Err(Failure::refused(ErrorCode::PreflightRefused, message))
 }
 
 /// The table, then the reasons for each destination.

@@ -4,13 +4,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use whimbrel_api::Name;
 use whimbrel_api::pool::NewJoinToken;
+use whimbrel_api::{ErrorCode, Name};
 use whimbrel_controller::{InitError, PoolInit, make_monitor, pool_init, renew_operator};
 
 use crate::command::Options;
 use crate::controller::DIR_DEFAULT;
-use crate::failure::{Exit, Failure};
+use crate::failure::Failure;
 use crate::{output, values, words};
 
 /// Make a pool, let hosts join it, renew operators' files, let monitors in
@@ -162,11 +162,7 @@ impl Init {
         let Self { name, listen, dir, socket } = self;
         let made = pool_init(&PoolInit { dir: dir.clone(), name: name.clone(), listen, socket });
         let made = made.map_err(|error| match error {
-            InitError::Exists { .. } => Failure {
-                exit: Exit::Refused,
-                code: "exists".to_owned(),
-                ..Failure::failed(error.to_string())
-            },
+            InitError::Exists { .. } => Failure::refused(ErrorCode::Exists, error.to_string()),
             error => Failure::because("no pool was made", &error),
         })?;
         if options.json {

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use whimbrel_api::Name;
 use whimbrel_api::pool::{Storage as StorageRecord, StorageOnHost, StorageStatus};
 use whimbrel_api::vm::Bytes;
+use whimbrel_api::{ErrorCode, Name};
 
 use crate::command::Options;
 use crate::failure::Failure;
@@ -55,7 +55,7 @@ impl Storage {
             Self::Create(Create { name, path, shared }) => {
                 let path = path.into_os_string().into_string().map_err(|path| {
                     let shown = path.to_string_lossy().into_owned();
-                    Failure::usage("bad-path", format!("--path: {shown} is not UTF-8"))
+                    Failure::usage(ErrorCode::BadPath, format!("--path: {shown} is not UTF-8"))
                 })?;
                 vec![pool.create_storage(&StorageRecord { name, path, shared }).await?]
             }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use crate::failure::Failure;
+use crate::failure::{Failure, OwnCode};
 use crate::values::BadValue;
 
 /// Prints what clap has to say, and the exit code for it.
@@ -42,8 +42,8 @@ fn failure(error: &clap::Error) -> Failure {
                 Some(ContextValue::String(name)) => format!("{name}: "),
                 _ => String::new(),
             };
-            Failure::usage(bad.code.as_str(), format!("{option}{}", bad.message))
+            Failure::usage(bad.code, format!("{option}{}", bad.message))
         }
-        None => Failure::usage("usage", sentence).hint(hint),
+        None => Failure::own(OwnCode::Usage, sentence).hint(hint),
     }
 }

@@ -316,7 +316,7 @@ fn another_pools_operator_is_told_so() {
     let mixed = other.dir().join("mixed.toml");
     mix(&pool.client(), &other.client(), &mixed);
     let args = ["--client", mixed.to_str().unwrap(), "vm", "list"];
-    assert_eq!(refusal(&args), (4, "unreachable".to_owned()));
+    assert_eq!(refusal(&args), (3, "certificate-foreign".to_owned()));
     let output = whimbrel(&args);
     assert!(text(&output.stderr).contains("authority"), "{}", text(&output.stderr));
 }

@@ -111,7 +111,7 @@ impl Problems {
         };
         let object = |problem: &Problem| json!({"option": problem.option, "code": problem.code.as_str(), "sentence": problem.sentence});
         let facts = json!({"problems": self.0.iter().map(object).collect::<Vec<_>>()});
-        Err(Failure::usage(code.as_str(), message).with_facts(facts))
+        Err(Failure::usage(code, message).with_facts(facts))
     }
 }
 
@@ -139,7 +139,7 @@ mod tests {
         };
         problems.found(&[rule.clone(), rule]);
         let failure = problems.end().unwrap_err();
-        assert_eq!(failure.code, "bad-request");
+        assert_eq!(failure.code.as_str(), "bad-request");
         let lines: Vec<&str> = failure.message.lines().collect();
         assert_eq!(lines[0], "3 options are wrong");
         assert!(lines[1].starts_with("--bandwidth: a rate is"), "{lines:?}");
@@ -152,7 +152,7 @@ mod tests {
     fn one_keeps_its_code() {
         let mut problems = Problems::default();
         problems.value("--bandwidth", Some(values::given(values::rate)("NaN").unwrap()));
-        assert_eq!(problems.end().unwrap_err().code, "out-of-range");
+        assert_eq!(problems.end().unwrap_err().code.as_str(), "out-of-range");
         assert_eq!(Problems::default().end(), Ok(()));
     }
 }

@@ -6,10 +6,10 @@ use clap::Args;
 use whimbrel_api::vm::{
     Boot, Bytes, CreateVm, DiskSpec, Firmware, ImageFormat, NicSpec, StoragePath, VmSpec,
 };
-use whimbrel_api::{Name, VmId};
+use whimbrel_api::{ErrorCode, Name, VmId};
 
 use crate::connect::read_bounded;
-use crate::failure::Failure;
+use crate::failure::{Failure, OwnCode};
 use crate::values::{self, BadValue, Pairs};
 
 const DISK_KEYS: &str = "storage, size, format, import, import-format, read-only";
@@ -101,7 +101,12 @@ impl Create {
         let spec = match (self.file, self.name, self.shape.memory) {
             (Some(file), _, _) => from_file(&file)?,
             (None, Some(name), Some(memory)) => self.shape.spec(name, memory),
-            _ => return Err(Failure::usage("usage", "a VM needs a file, or a name and --memory")),
+            _ => {
+                return Err(Failure::own(
+                    OwnCode::Usage,
+                    "a VM needs a file, or a name and --memory",
+                ));
+            }
         };
         Ok(CreateVm { id: VmId::new(), host: self.host, spec })
     }
@@ -129,7 +134,7 @@ impl Shape {
 fn from_file(path: &std::path::Path) -> Result<VmSpec, Failure> {
     let text = read_bounded(path)?;
     toml::from_str(&text).map_err(|error| {
-        Failure::usage("bad-request", format!("{} defines no VM: {error}", path.display()))
+        Failure::usage(ErrorCode::BadRequest, format!("{} defines no VM: {error}", path.display()))
     })
 }
 
