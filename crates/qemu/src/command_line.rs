@@ -123,6 +123,19 @@ pub struct DiskSpec {
     pub serial: Option<String>,
     /// How the host caches it.
     pub cache: Cache,
+    /// The images that it stands on, the nearest first; QEMU only reads them.
+    pub layers: Vec<LayerSpec>,
+}
+
+/// An image beneath a disk's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerSpec {
+    /// The image.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: DiskFormat,
+    /// How the host caches it.
+    pub cache: Cache,
 }
 
 /// An image format.
@@ -356,9 +369,8 @@ fn add_disk(
     index: usize,
     disk: &DiskSpec,
 ) -> Result<(), SpecError> {
-    let direct = disk.cache == Cache::None;
-    let cache = json!({ "direct": direct, "no-flush": false });
-    let node = json!({
+    let cache = cache_of(disk.cache);
+    let mut node = json!({
         "driver": disk.format.as_wire(), "node-name": disk.node,
         "read-only": disk.read_only, "cache": cache, "discard": "unmap",
         "file": {
@@ -367,6 +379,9 @@ fn add_disk(
             "read-only": disk.read_only, "cache": cache, "discard": "unmap",
         },
     });
+    if disk.format == DiskFormat::Qcow2 {
+        node["backing"] = layers(disk)?;
+    }
     arguments.pair("-blockdev", node.to_string());
     let mut device = json!({
         "driver": "virtio-blk-pci", "id": format!("{}-device", disk.node), "drive": disk.node,
@@ -381,6 +396,32 @@ fn add_disk(
     }
     arguments.pair("-device", device.to_string());
     Ok(())
+}
+
+/// What a qcow2 image stands on, each layer in the one above. It is always said, `null` being nothing: without it QEMU opens what
+/// the image's header names (7.2, 10.0), which may be any file.
+fn layers(disk: &DiskSpec) -> Result<Value, SpecError> {
+    let mut below = Value::Null;
+    for (index, layer) in disk.layers.iter().enumerate().rev() {
+        let name = format!("{}-layer{}", disk.node, index + 1);
+        let cache = cache_of(layer.cache);
+        let mut node = json!({
+            "driver": layer.format.as_wire(), "node-name": name, "read-only": true, "cache": cache,
+            "file": {
+                "driver": "file", "node-name": format!("{name}-file"),
+                "filename": utf8(&layer.path)?, "aio": "threads", "read-only": true, "cache": cache,
+            },
+        });
+        if layer.format == DiskFormat::Qcow2 {
+            node["backing"] = below;
+        }
+        below = node;
+    }
+    Ok(below)
+}
+
+fn cache_of(cache: Cache) -> Value {
+    json!({ "direct": cache == Cache::None, "no-flush": false })
 }
 
 fn add_nic(arguments: &mut Arguments, spec: &VmSpec, index: usize, nic: &NicSpec) {

@@ -25,6 +25,7 @@ fn web01() -> VmSpec {
             read_only: false,
             serial: Some("root".to_owned()),
             cache: Cache::None,
+            layers: Vec::new(),
         }],
         nics: vec![NicSpec {
             id: "net0".to_owned(),

@@ -340,6 +340,7 @@ fn with_disk(lab: &Lab, name: &str, incoming: bool) -> whimbrel_qemu::command_li
         read_only: false,
         serial: Some("web01-0".to_owned()),
         cache: Cache::WriteBack,
+        layers: Vec::new(),
     });
     spec
 }

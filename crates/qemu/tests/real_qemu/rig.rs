@@ -233,6 +233,7 @@ impl Lab {
             read_only: false,
             serial: None,
             cache: Cache::WriteBack,
+            layers: Vec::new(),
         });
         spec
     }
