@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use tokio::sync::watch;
-use whimbrel_api::agent::{CertificateRequests, EngineReport, HostReport, StorageReport};
+use whimbrel_api::agent::{CertificateRequests, EngineReport, HostReport};
 use whimbrel_api::client::AgentClient;
 use whimbrel_api::pool::Network;
 use whimbrel_api::vm::VmDefinition;
@@ -236,19 +236,12 @@ impl Host {
                 .map(|engine| engine.host_cpu_features.clone())
                 .unwrap_or_default(),
             networks: self.networks.present().await,
-            storages: self.storage_reports().await,
+            storages: self.storages.reports(self).await,
             migration_address: self.config.migration_host(),
             vms: u32::try_from(vms.len()).unwrap_or(u32::MAX),
             certificate_days_left: self.certificate_days_left(),
             certificate_renewal_due: self.identity.is_renewal_due(SystemTime::now()),
         }
-    }
-
-    /// How all storages are. Storage may be slow, or hang: the agent's other work goes on meanwhile.
-    async fn storage_reports(self: &Arc<Self>) -> Vec<StorageReport> {
-        let host = Arc::clone(self);
-        let reports = self.storages.aside(move |aside| Ok(host.storages.reports(aside)));
-        reports.await.unwrap_or_default()
     }
 
     /// Days until the first of the host's certificates expires; negative afterwards.

@@ -6,6 +6,7 @@
 
 mod console;
 mod events;
+mod lineage;
 mod measure;
 mod moving;
 mod state;
@@ -63,6 +64,7 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/outgoing/{migration}/watch", get(events::watch))
         .route("/outgoing/{migration}/cancel", post(cancel))
         .route("/outgoing/{migration}/handoff", post(relay_answer))
+        .merge(lineage::for_the_controller())
         .merge(measure::for_the_controller())
         .merge(moving::for_the_controller())
         .merge(state::for_the_controller())

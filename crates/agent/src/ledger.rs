@@ -137,6 +137,21 @@ pub enum Resource {
         /// Its path there.
         path: String,
     },
+    /// Room in a storage that is spoken for, until its file is the VM's or gone ([`crate::storage::space`]).
+    Space {
+        /// The file that it is for.
+        file: StoragePath,
+        /// How much it may occupy, in bytes.
+        bytes: u64,
+    },
+    /// An image of a VM that is there already, which is being made or is not needed any more; while the VM's row names it, it is
+    /// the VM's.
+    Layer {
+        /// The VM.
+        vm: VmId,
+        /// The image.
+        file: StoragePath,
+    },
     /// The file of a VM's saved state, that is being written or is used up; while the VM's row names it, it is the VM's.
     StateFile {
         /// The VM.

@@ -5,28 +5,36 @@
 //! is written or looked for, which answers it.
 //!
 //! Storage may be slow, or hang. Whoever touches it shows that it is [`Aside`], which is given on a thread beside the
-//! agent's async work only ([`Storages::aside`]).
+//! agent's async work only ([`Storages::aside`]). Room that is spoken for is counted in [`space`].
 
 pub mod beneath;
 pub mod image;
+pub mod space;
 mod token;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use whimbrel_api::agent::{SharedToken, StorageReport};
+pub use whimbrel_api::lineage::vm_folder;
 use whimbrel_api::pool::Storage;
 use whimbrel_api::vm::{Disk, StoragePath};
 use whimbrel_api::{ApiError, ErrorCode, Name, VmId};
 
 use beneath::{BeneathError, Folder};
 
+use crate::host::Host;
+use crate::ledger::Resource;
+
 /// Longest path of a storage's folder, in bytes.
 const FOLDER_PATH_BYTES_MAX: usize = 1024;
 /// Calls that may be at storages at the same time: one that hangs keeps its calls. More are refused as `busy`.
 const CALLS_MAX: usize = 64;
+/// How long a report waits for a storage, in milliseconds: less than the controller waits for the host's.
+const LOOK_MILLISECONDS: u64 = 1_500;
 
 impl From<BeneathError> for ApiError {
     fn from(error: BeneathError) -> Self {
@@ -49,11 +57,20 @@ pub struct Aside(());
 pub struct Storages {
     known: Mutex<BTreeMap<Name, Storage>>,
     calls: Arc<Semaphore>,
+    /// The storages that are being looked at: one that hangs is not asked a second time.
+    looking: Arc<Mutex<BTreeSet<Name>>>,
+    /// Held while room is reserved.
+    reserving: tokio::sync::Mutex<()>,
 }
 
 impl Default for Storages {
     fn default() -> Self {
-        Self { known: Mutex::default(), calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+        Self {
+            known: Mutex::default(),
+            calls: Arc::new(Semaphore::new(CALLS_MAX)),
+            looking: Arc::default(),
+            reserving: tokio::sync::Mutex::default(),
+        }
     }
 }
 
@@ -142,11 +159,50 @@ impl Storages {
         self.get(name).map(|storage| report(at, &storage))
     }
 
-    /// How all storages are.
-    #[must_use]
-    pub fn reports(&self, at: &Aside) -> Vec<StorageReport> {
+    /// How all storages are. One that does not answer soon is told as such, and holds the others up for a moment only.
+    pub async fn reports(&self, host: &Arc<Host>) -> Vec<StorageReport> {
         let known: Vec<Storage> = self.known().values().cloned().collect();
-        known.iter().map(|storage| report(at, storage)).collect()
+        let journal = host.ledger.journaled().await.unwrap_or_else(|error| {
+            tracing::warn!(
+                error = whimbrel_api::error::chain(&error),
+                "what is reserved is not known"
+            );
+            Vec::new()
+        });
+        let looks = known.iter().map(|storage| {
+            // What is reserved elsewhere is not looked at: that storage may hang.
+            let here = |resource: &Resource| matches!(resource, Resource::Space { file, .. } if file.storage == storage.name);
+            let of_all = journal.iter().map(|(_, resource)| resource);
+            self.look(host, storage.clone(), of_all.filter(|r| here(r)).cloned().collect())
+        });
+        futures::future::join_all(looks).await
+    }
+
+    /// Looks at one storage, for a bounded time.
+    async fn look(
+        &self,
+        host: &Arc<Host>,
+        storage: Storage,
+        journal: Vec<Resource>,
+    ) -> StorageReport {
+        let name = storage.name.clone();
+        if !lock(&self.looking).insert(name.clone()) {
+            return troubled(name, "it has not answered for some time".to_owned());
+        }
+        let done = Looking { at: Arc::clone(&self.looking), name: name.clone() };
+        let at = Arc::clone(host);
+        let looking = self.aside(move |aside| {
+            let _done = done;
+            let mut report = report(aside, &storage);
+            let reserved = space::reserved(&at, aside, &journal);
+            report.reserved_bytes = reserved.get(&storage.name).copied().unwrap_or(0);
+            Ok(report)
+        });
+        match tokio::time::timeout(Duration::from_millis(LOOK_MILLISECONDS), looking).await {
+            Ok(Ok(report)) => report,
+            Ok(Err(error)) => troubled(name, error.message),
+            Err(_) => troubled(name, format!("it has not answered within {LOOK_MILLISECONDS} ms")),
+        }
     }
 
     /// Writes a token that other hosts look for. It is removed again after a minute.
@@ -206,9 +262,25 @@ impl Storages {
     }
 
     fn known(&self) -> MutexGuard<'_, BTreeMap<Name, Storage>> {
-        // Each change is one call, so the map is whole even after a panic.
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
+}
+
+/// A storage that is being looked at, until the look is over.
+struct Looking {
+    at: Arc<Mutex<BTreeSet<Name>>>,
+    name: Name,
+}
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        lock(&self.at).remove(&self.name);
+    }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each change is one call, so what is in it is whole even after a panic.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where a VM's disk belongs: `vms/<vm id>/<disk>.<format>`.
@@ -217,27 +289,27 @@ pub fn disk_path(vm: VmId, disk: &Disk) -> String {
     format!("{}/{}.{}", vm_folder(vm), disk.name, disk.format.as_str())
 }
 
-/// The folder of a VM's files in a storage.
-#[must_use]
-pub fn vm_folder(vm: VmId) -> String {
-    format!("vms/{vm}")
-}
-
 fn report(_: &Aside, storage: &Storage) -> StorageReport {
     let space = Folder::open(Path::new(&storage.path)).and_then(|folder| folder.space());
     match space {
         Ok(space) => StorageReport {
             name: storage.name.clone(),
-            trouble: None,
+            trouble: space.read_only.then(|| "its file system is read-only".to_owned()),
             total_bytes: space.total_bytes,
             available_bytes: space.available_bytes,
+            reserved_bytes: 0,
         },
-        Err(error) => StorageReport {
-            name: storage.name.clone(),
-            trouble: Some(whimbrel_api::error::chain(&error)),
-            total_bytes: 0,
-            available_bytes: 0,
-        },
+        Err(error) => troubled(storage.name.clone(), whimbrel_api::error::chain(&error)),
+    }
+}
+
+fn troubled(name: Name, trouble: String) -> StorageReport {
+    StorageReport {
+        name,
+        trouble: Some(trouble),
+        total_bytes: 0,
+        available_bytes: 0,
+        reserved_bytes: 0,
     }
 }
 

@@ -19,9 +19,9 @@ use whimbrel_qemu::process::{AdoptError, Process};
 
 use crate::host::Host;
 use crate::in_hand::Hold;
-use crate::ledger::{Resource, RunRecord};
+use crate::ledger::{Resource, RunRecord, VmRow};
 use crate::storage::vm_folder;
-use crate::vm::{RunDir, own_run, spawn};
+use crate::vm::{RunDir, lineage, own_run, spawn};
 
 /// How often is swept, in seconds. What a finished migration leaves is to be gone within 30.
 pub const SWEEP_SECONDS: u64 = 10;
@@ -102,17 +102,38 @@ pub async fn once(host: &Arc<Host>, told: &mut HashSet<String>) -> Result<(), Ap
             );
         }
     }
-    let saved = vms.iter().filter_map(|row| row.definition.saved.as_ref());
-    let saved: HashSet<StoragePath> = saved.map(|saved| saved.file.clone()).collect();
-    let known_vms = vms.iter().map(|row| row.definition.id).collect();
+    let known = Known::of(&vms, &ownerships);
     for (owner, (resources, _alone)) in left {
-        if let Err(error) = sweep_owner(host, &owner, &resources, (&known_vms, &saved)).await {
+        if let Err(error) = sweep_owner(host, &owner, &resources, &known).await {
             tracing::error!(owner, %error, "something was not swept");
             still_left += 1;
         }
     }
     host.metrics.swept(still_left);
     Ok(())
+}
+
+/// What the VMs' rows name.
+struct Known {
+    vms: HashSet<VmId>,
+    saved: HashSet<StoragePath>,
+    images: HashSet<StoragePath>,
+    /// VMs that have left: their files are another host's matter.
+    elsewhere: HashSet<VmId>,
+}
+
+impl Known {
+    fn of(vms: &[VmRow], ownerships: &HashMap<VmId, Ownership>) -> Self {
+        let definitions = || vms.iter().map(|row| &row.definition);
+        let saved = definitions().filter_map(|definition| definition.saved.as_ref());
+        let owned = |record: &&Ownership| record.standing == Standing::Owned;
+        Self {
+            vms: definitions().map(|definition| definition.id).collect(),
+            saved: saved.map(|saved| saved.file.clone()).collect(),
+            images: definitions().flat_map(lineage::files).collect(),
+            elsewhere: ownerships.values().filter(|r| !owned(r)).map(|r| r.vm).collect(),
+        }
+    }
 }
 
 /// All that the journal names and nobody holds, by its owner. It is held from here on, so that nobody begins anew with it.
@@ -153,7 +174,7 @@ async fn sweep_owner(
     host: &Arc<Host>,
     owner: &str,
     resources: &[Resource],
-    (known_vms, saved): (&HashSet<VmId>, &HashSet<StoragePath>),
+    known: &Known,
 ) -> Result<(), ApiError> {
     for resource in resources {
         match resource {
@@ -165,13 +186,21 @@ async fn sweep_owner(
             }
             Resource::Tap { name, .. } => host.networks.remove(name).await?,
             // The VM's row names it.
-            Resource::DiskFile { vm, .. } if known_vms.contains(vm) => {}
+            Resource::DiskFile { vm, .. } if known.vms.contains(vm) => {}
             Resource::DiskFile { vm, storage, path } => {
                 tracing::info!(%vm, path, "sweeps a file of a VM that was never created");
                 remove_file(host, *vm, storage, path).await?;
             }
+            // Nobody makes the file any more; the file itself stands beside it.
+            Resource::Space { .. } => {}
+            Resource::Layer { vm, file }
+                if known.images.contains(file) || known.elsewhere.contains(vm) => {}
+            Resource::Layer { vm, file } => {
+                tracing::info!(%vm, %file, "sweeps an image that the VM does not need");
+                remove_file(host, *vm, &file.storage, &file.path).await?;
+            }
             // The VM goes on from it.
-            Resource::StateFile { file, .. } if saved.contains(file) => {}
+            Resource::StateFile { file, .. } if known.saved.contains(file) => {}
             Resource::StateFile { vm, file } => {
                 tracing::info!(%vm, %file, "sweeps a saved state that nothing goes on from");
                 remove_file(host, *vm, &file.storage, &file.path).await?;

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 
+use whimbrel_api::lineage::LAYERS_MAX;
 use whimbrel_api::vm::{Boot, VmDefinition, limits};
 use whimbrel_api::{ApiError, ErrorCode};
 use whimbrel_qemu::command_line;
@@ -50,6 +51,8 @@ fn disks(vm: &VmDefinition) -> Result<(), ApiError> {
         if !disk.size_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(out_of_range(&format!("{what} must be a multiple of {SECTOR_BYTES}")));
         }
+        let what = format!("disk `{}`: number of layers", disk.name);
+        within(&what, disk.layers.len() as u64, 0, LAYERS_MAX as u64)?;
         if !names.insert(&disk.name) || !files.insert(&disk.file) {
             let message = format!("two disks have the name or the file of disk `{}`", disk.name);
             return Err(ApiError::new(ErrorCode::BadRequest, message));
@@ -149,6 +152,7 @@ mod tests {
             size_bytes: 1 << 30,
             read_only: false,
             import: None,
+            layers: Vec::new(),
         };
         VmDefinition {
             id: VmId::new(),
@@ -162,6 +166,10 @@ mod tests {
             disks: vec![disk],
             nics: vec![Nic { network: "n".parse().unwrap(), mac: "52:54:00:00:00:01".to_owned() }],
             saved: None,
+            origin: None,
+            template: false,
+            snapshots: Vec::new(),
+            snapshot: None,
         }
     }
 

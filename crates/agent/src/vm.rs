@@ -15,9 +15,11 @@
 //! them again after a restart of the agent. Who may run a guest is read from the ledger and not decided here.
 
 pub mod console;
+mod clone;
 mod create;
 pub mod found;
 pub(crate) mod kept;
+pub(crate) mod lineage;
 mod mobility;
 mod order;
 pub mod running;
@@ -133,6 +135,38 @@ impl Vms {
         self.order(vm, Order::Delete).await??;
         self.tasks().remove(&vm);
         Ok(())
+    }
+
+    /// Makes a stopped VM a template, or a template a VM again.
+    ///
+    /// # Errors
+    /// A refusal with nothing changed, or what failed.
+    pub async fn set_template(&self, vm: VmId, template: bool) -> Result<VmReport, ApiError> {
+        self.order(vm, |reply| Order::SetTemplate { template, reply }).await?
+    }
+
+    /// Takes a snapshot of a stopped VM's disks. On failure the VM is as before.
+    ///
+    /// # Errors
+    /// A refusal with nothing begun, or what failed.
+    pub async fn take_snapshot(&self, vm: VmId, name: Name) -> Result<VmReport, ApiError> {
+        self.order(vm, |reply| Order::TakeSnapshot { name, reply }).await?
+    }
+
+    /// Lets a stopped VM's disks go on from a snapshot; what was written since is lost. On failure the VM is as before.
+    ///
+    /// # Errors
+    /// A refusal with nothing begun, or what failed.
+    pub async fn revert(&self, vm: VmId, to: Name) -> Result<VmReport, ApiError> {
+        self.order(vm, |reply| Order::Revert { to, reply }).await?
+    }
+
+    /// Deletes a snapshot of a stopped VM, and what only it needs. The caller knows that no clone stands on it.
+    ///
+    /// # Errors
+    /// A refusal with nothing begun, or what failed.
+    pub async fn delete_snapshot(&self, vm: VmId, name: Name) -> Result<VmReport, ApiError> {
+        self.order(vm, |reply| Order::DeleteSnapshot { name, reply }).await?
     }
 
     /// Lends a running VM to a migration, by value. Until it is given back, all other orders are refused as
@@ -397,8 +431,8 @@ impl Vms {
 /// The storages that a definition names.
 #[must_use]
 pub fn storages_of(definition: &VmDefinition) -> BTreeSet<Name> {
-    let disks = definition.disks.iter().map(|disk| disk.file.storage.clone());
-    let mut storages: BTreeSet<Name> = disks.collect();
+    let files = lineage::files(definition).into_iter().map(|file| file.storage);
+    let mut storages: BTreeSet<Name> = files.collect();
     if let Boot::Kernel { kernel, initrd, .. } = &definition.boot {
         storages.insert(kernel.storage.clone());
         storages.extend(initrd.iter().map(|file| file.storage.clone()));

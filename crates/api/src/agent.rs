@@ -18,6 +18,10 @@
 //! | `POST /v1/vms/{id}/start`, `stop`, `pause`, `resume` | controller | → [`VmReport`] |
 //! | `DELETE /v1/vms/{id}` | controller | with its disks |
 //! | `POST /v1/vms/{id}/save`, `restore` | controller | [`crate::vm::StateFile`] → [`VmReport`] |
+//! | `PUT /v1/vms/{id}/template` | controller | [`crate::lineage::SetTemplate`] → [`VmReport`] |
+//! | `POST /v1/vms/{id}/snapshots` | controller | [`crate::lineage::TakeSnapshot`] → [`VmReport`] |
+//! | `POST /v1/vms/{id}/snapshots/{name}/revert` | controller | → [`VmReport`] |
+//! | `DELETE /v1/vms/{id}/snapshots/{name}` | controller | → [`VmReport`] |
 //! | `GET /v1/vms/{id}/console` | controller | WebSocket, bytes both ways |
 //! | `POST, GET /v1/vms/{id}/dirty-rate` | controller | [`DirtyRateRequest`](crate::measure::DirtyRateRequest) → [`DirtyRateReport`](crate::measure::DirtyRateReport) |
 //! | `POST /v1/vms/{id}/dirty-curve` | controller | [`DirtyCurveRequest`](crate::measure::DirtyCurveRequest) → [`DirtyCurveReport`](crate::measure::DirtyCurveReport) |
@@ -135,8 +139,11 @@ pub struct StorageReport {
     pub trouble: Option<String>,
     /// Bytes in all.
     pub total_bytes: u64,
-    /// Bytes free to use.
+    /// Bytes free to use, those that are reserved included.
     pub available_bytes: u64,
+    /// Bytes of them that this host has reserved for disks in the making.
+    #[serde(default)]
+    pub reserved_bytes: u64,
 }
 
 /// A token in a shared storage: written by one host, looked for by another.
@@ -193,7 +200,9 @@ pub struct Mobility {
 pub struct KnockListen {
     /// Who will knock.
     pub from: Name,
-    /// At which address, an IP address or a host name of this host; at that of its configuration without it.
+    /// At which address, an IP address or a host name of this host; at that of its configuration without it. A name without
+    /// an address is answered with `not-found`, another machine's address with `no-resources`, and with `busy` that all ports
+    /// are taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
 }

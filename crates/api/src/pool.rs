@@ -1,5 +1,7 @@
 //! A pool's hosts, networks and storages, as the public API shows them.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -112,6 +114,9 @@ pub struct StorageStatus {
     /// What it is.
     #[serde(flatten)]
     pub storage: Storage,
+    /// Whether it is the pool's default storage.
+    #[serde(default)]
+    pub default: bool,
     /// Who reaches it, and what each sees there.
     pub hosts: Vec<StorageOnHost>,
 }
@@ -121,9 +126,47 @@ pub struct StorageStatus {
 pub struct StorageOnHost {
     /// The host.
     pub host: Name,
+    /// Whether this host was proven to see the same files there as the others; never for a storage that is not shared.
+    #[serde(default)]
+    pub proven: bool,
+    /// Its place among the host's default storages, 1 being the first; none where it is not among them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub default_place: Option<u32>,
     /// What it says.
     #[serde(flatten)]
     pub report: StorageReport,
+}
+
+/// Which storages are used where none is named.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StorageDefaults {
+    /// The pool's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<Name>,
+    /// Those of single hosts, the first one being the first choice; they go before the pool's.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(value_type = BTreeMap<String, Vec<Name>>)]
+    pub hosts: BTreeMap<Name, Vec<Name>>,
+}
+
+impl StorageDefaults {
+    /// The first choice for a disk on a host.
+    #[must_use]
+    pub fn of(&self, host: &Name) -> Option<&Name> {
+        self.hosts.get(host).and_then(|own| own.first()).or(self.pool.as_ref())
+    }
+}
+
+/// Says which storages are used where none is named.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetStorageDefaults {
+    /// The host whose default storages these are; without it they are the pool's, which has at most one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<Name>,
+    /// The storages, the first choice first; none at all: there is no default.
+    pub storages: Vec<Name>,
 }
 
 /// A new join token.

@@ -13,6 +13,8 @@ use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
 
+use crate::lineage::{Layer, Origin, Snapshot};
+
 /// Bounds of a VM, checked before anything is touched.
 pub mod limits {
     /// Fewest bytes of guest memory: firmware needs about this much.
@@ -332,6 +334,22 @@ pub struct VmDefinition {
     /// The state from which it goes on, if it was saved. A VM that has one is stopped, and is not started anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved: Option<SavedState>,
+    /// What it was cloned from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+    /// Whether it is a template: never started, never changed, only cloned.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub template: bool,
+    /// Its snapshots, in the order in which they were taken.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<Snapshot>,
+    /// The snapshot that its disks go on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Name>,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !*flag
 }
 
 /// A VM's whole state in a file, its memory included.
@@ -362,6 +380,9 @@ pub struct Disk {
     /// What it is made from, if it is not new: copied once, at creation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub import: Option<Import>,
+    /// The images beneath its own, which are only read, the nearest first; see [`crate::lineage`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<Layer>,
 }
 
 /// The image that a disk is made from.

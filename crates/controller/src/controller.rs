@@ -45,6 +45,8 @@ pub struct Controller {
     closing: watch::Sender<bool>,
     /// Held while a network or storage is made known to the hosts, so that reconcile does not do half of it at the same time.
     pub(crate) layout: tokio::sync::Mutex<()>,
+    /// Held from looking which clones stand on a VM to deleting it, and while a clone's row is written.
+    pub(crate) images: tokio::sync::Mutex<()>,
 }
 
 /// Why a controller cannot be started from its folder.
@@ -104,6 +106,7 @@ impl Controller {
             shelf: Shelf::default(),
             closing: watch::Sender::new(false),
             layout: tokio::sync::Mutex::default(),
+            images: tokio::sync::Mutex::default(),
         }))
     }
 

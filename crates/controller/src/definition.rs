@@ -198,6 +198,10 @@ pub(crate) fn define(
         disks: disks.collect::<Result<_, _>>()?,
         nics: define_nics(spec, taken)?,
         saved: None,
+        origin: None,
+        template: false,
+        snapshots: Vec::new(),
+        snapshot: None,
     })
 }
 
@@ -216,6 +220,7 @@ fn define_disk(id: VmId, index: usize, spec: &DiskSpec) -> Result<Disk, ApiError
         size_bytes: spec.size.map_or(0, |size| size.0),
         read_only: spec.read_only,
         import,
+        layers: Vec::new(),
     })
 }
 
@@ -252,6 +257,15 @@ fn define_nics(spec: &VmSpec, taken: &BTreeSet<String>) -> Result<Vec<Nic>, ApiE
         nics.push(Nic { network, mac });
     }
     Ok(nics)
+}
+
+/// Gives cards new addresses that nobody in the pool has.
+pub(crate) fn draw_macs(nics: &mut [Nic], taken: BTreeSet<String>) -> Result<(), ApiError> {
+    let mut taken = taken;
+    for nic in nics {
+        nic.mac = draw_mac(&mut taken)?;
+    }
+    Ok(())
 }
 
 /// Draws an address that nobody in the pool has. The randomness is a UUID's: version 4 is nothing but random bits in its first

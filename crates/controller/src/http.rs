@@ -14,6 +14,7 @@
 mod console;
 mod document;
 mod events;
+mod lineage;
 mod migrations;
 mod plans;
 mod policies;
@@ -69,6 +70,7 @@ fn calls() -> OpenApiRouter<Shared> {
         .routes(routes!(openapi))
         .merge(pool::calls())
         .merge(vms::calls())
+        .merge(lineage::calls())
         .merge(migrations::calls())
         .merge(plans::calls())
         .merge(policies::calls())

@@ -23,6 +23,7 @@ mod hosts;
 pub mod http;
 mod init;
 mod join;
+mod lineage;
 mod metrics;
 pub mod migrate;
 mod monitor;

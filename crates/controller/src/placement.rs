@@ -145,6 +145,7 @@ mod tests {
             abilities: None,
         };
         let storage = StorageReport {
+            reserved_bytes: 0,
             name: "shared".parse().unwrap(),
             trouble: None,
             total_bytes: 1,

@@ -7,18 +7,24 @@
 //! For each pair of the first host and another one a fresh token is written, so that no cache and no clean-up of an earlier one
 //! can answer. A migration does not rely on this proof: preflight makes its own, at its own time.
 
+use std::collections::BTreeSet;
 use std::path::{Component, Path};
 use std::sync::Arc;
 
 use tracing::warn;
 use whimbrel_api::agent::{HostReport, StorageReport};
 use whimbrel_api::event::Event;
-use whimbrel_api::pool::{Storage, StorageOnHost, StorageStatus};
+use whimbrel_api::pool::{
+    Host, SetStorageDefaults, Storage, StorageDefaults, StorageOnHost, StorageStatus,
+};
 use whimbrel_api::{ApiError, ErrorCode, Name, vm};
 
 use crate::Controller;
 use crate::hosts::Member;
 use crate::networks::{at_host, ready};
+
+/// Most default storages of a host.
+const DEFAULTS_MAX: usize = 64;
 
 /// Makes a storage known to all hosts that answer.
 ///
@@ -54,7 +60,7 @@ pub(crate) async fn create(
     }
     ready.iter().for_each(|(member, _)| member.nudge());
     controller.events().publish(Event::Storage { storage: storage.clone() });
-    Ok(StorageStatus { storage, hosts })
+    Ok(StorageStatus { storage, default: false, hosts })
 }
 
 fn names(ready: &[(Arc<Member>, HostReport)]) -> Vec<Name> {
@@ -69,7 +75,8 @@ async fn give_all(
     let mut hosts = Vec::new();
     for (member, _) in ready {
         let report = give(storage, member).await?;
-        hosts.push(StorageOnHost { host: member.name.clone(), report });
+        let (host, proven) = (member.name.clone(), storage.shared);
+        hosts.push(StorageOnHost { host, proven, default_place: None, report });
     }
     if storage.shared
         && let Some(((first, _), others)) = ready.split_first()
@@ -158,17 +165,82 @@ pub(crate) async fn give_shared(
 
 /// All storages, with what each host that has it says.
 pub(crate) async fn list(controller: &Controller) -> Result<Vec<StorageStatus>, ApiError> {
-    let views: Vec<_> = controller.hosts().all().iter().map(|member| member.view()).collect();
-    let status = |storage: Storage| {
-        let on_host = |view: &whimbrel_api::pool::Host| {
-            let facts = view.facts.as_ref()?;
-            let report = facts.storages.iter().find(|report| report.name == storage.name)?;
-            Some(StorageOnHost { host: view.name.clone(), report: report.clone() })
-        };
-        let hosts = views.iter().filter_map(on_host).collect();
-        StorageStatus { storage, hosts }
+    let defaults = controller.store().storage_defaults().await?;
+    let mut all = Vec::new();
+    for storage in controller.store().storages().await? {
+        all.push(status(controller, &defaults, storage).await?);
+    }
+    Ok(all)
+}
+
+/// One storage.
+pub(crate) async fn show(controller: &Controller, name: &Name) -> Result<StorageStatus, ApiError> {
+    let defaults = controller.store().storage_defaults().await?;
+    status(controller, &defaults, known(controller, name).await?).await
+}
+
+async fn known(controller: &Controller, name: &Name) -> Result<Storage, ApiError> {
+    let all = controller.store().storages().await?;
+    all.into_iter().find(|storage| storage.name == *name).ok_or_else(|| {
+        ApiError::not_found("storage", name).hint("`whimbrel storage list` shows all")
+    })
+}
+
+async fn status(
+    controller: &Controller,
+    defaults: &StorageDefaults,
+    storage: Storage,
+) -> Result<StorageStatus, ApiError> {
+    let proofs = controller.store().storage_proofs(&storage.name).await?;
+    let on_host = |view: &Host| {
+        let facts = view.facts.as_ref()?;
+        let report = facts.storages.iter().find(|report| report.name == storage.name)?;
+        let places = defaults.hosts.get(&view.name).map(Vec::as_slice).unwrap_or_default();
+        let place = (1_u32..).zip(places).find(|(_, name)| **name == storage.name);
+        Some(StorageOnHost {
+            host: view.name.clone(),
+            proven: storage.shared && proofs.contains(&view.name),
+            default_place: place.map(|(place, _)| place),
+            report: report.clone(),
+        })
     };
-    Ok(controller.store().storages().await?.into_iter().map(status).collect())
+    let views: Vec<Host> = controller.hosts().all().iter().map(|member| member.view()).collect();
+    let hosts = views.iter().filter_map(on_host).collect();
+    let default = defaults.pool.as_ref() == Some(&storage.name);
+    Ok(StorageStatus { storage, default, hosts })
+}
+
+/// Says which storages are used where none is named.
+///
+/// # Errors
+/// `not-found` for a host or storage, `bad-request` for a storage named twice or a second one for the pool; nothing is changed then.
+pub(crate) async fn set_defaults(
+    controller: &Controller,
+    request: SetStorageDefaults,
+) -> Result<StorageDefaults, ApiError> {
+    let _layout = controller.layout.lock().await;
+    let SetStorageDefaults { host, storages } = request;
+    if host.is_none() && storages.len() > 1 {
+        let message = "the pool has one default storage; a host may have several";
+        return Err(ApiError::new(ErrorCode::BadRequest, message));
+    }
+    if storages.len() > DEFAULTS_MAX {
+        let message = format!("{} default storages; at most {DEFAULTS_MAX}", storages.len());
+        return Err(ApiError::new(ErrorCode::OutOfRange, message));
+    }
+    if let Some(host) = &host {
+        controller.hosts().get(host)?;
+    }
+    let mut seen = BTreeSet::new();
+    for name in &storages {
+        known(controller, name).await?;
+        if !seen.insert(name) {
+            let message = format!("`{name}` is named twice");
+            return Err(ApiError::new(ErrorCode::BadRequest, message));
+        }
+    }
+    controller.store().set_storage_defaults(host, storages).await?;
+    Ok(controller.store().storage_defaults().await?)
 }
 
 fn exists(name: &Name) -> ApiError {

@@ -16,6 +16,7 @@ use whimbrel_api::{ApiError, Epoch, ErrorCode, Name};
 use crate::Controller;
 use crate::definition::{self, Needs};
 use crate::hosts::Member;
+use crate::lineage;
 use crate::networks::at_host;
 use crate::placement::{self, Candidate};
 use crate::store::{BeginError, Deleted, Inserted, VmRow};
@@ -81,7 +82,7 @@ async fn again(controller: &Controller, row: VmRow, request: &CreateVm) -> Resul
     if row.confirmed { Ok(controller.view(&row)) } else { ask_to_create(controller, row).await }
 }
 
-async fn ask_to_create(controller: &Controller, row: VmRow) -> Result<Vm, ApiError> {
+pub(crate) async fn ask_to_create(controller: &Controller, row: VmRow) -> Result<Vm, ApiError> {
     let member = controller.hosts().get(&row.host)?;
     let agent = member.agent();
     let answer = tokio::select! {
@@ -118,7 +119,11 @@ async fn is_certainly_absent(controller: &Controller, row: &VmRow) -> bool {
 }
 
 /// Notes what the host answered about a VM and tells what the API says of the VM now.
-async fn accepted(controller: &Controller, row: VmRow, report: VmReport) -> Result<Vm, ApiError> {
+pub(crate) async fn accepted(
+    controller: &Controller,
+    row: VmRow,
+    report: VmReport,
+) -> Result<Vm, ApiError> {
     let known = controller.accept_report(&row.host, report).await?;
     Ok(controller.view(&known.unwrap_or(row)))
 }
@@ -156,7 +161,7 @@ async fn check_known(controller: &Controller, needs: &Needs) -> Result<(), ApiEr
     }
 }
 
-fn macs(rows: &[VmRow]) -> BTreeSet<String> {
+pub(crate) fn macs(rows: &[VmRow]) -> BTreeSet<String> {
     let of = |definition: &VmDefinition| definition.nics.clone();
     rows.iter().flat_map(|row| of(&row.definition)).map(|nic| nic.mac).collect()
 }
@@ -217,7 +222,9 @@ pub(crate) async fn dirty_rate(
 
 /// Deletes a stopped VM with its disks. A VM that its host does not have any more is forgotten.
 pub(crate) async fn delete(controller: &Controller, vm: &str) -> Result<(), ApiError> {
+    let _alone = controller.images.lock().await;
     let row = free_vm(controller, vm).await?;
+    lineage::refuse_if_stood_on(controller, &row).await?;
     match controller.agent(&row.host)?.delete_vm(row.id()).await {
         Ok(()) => {}
         Err(error) if error.code == ErrorCode::NotFound => {}
@@ -237,7 +244,7 @@ pub(crate) async fn delete(controller: &Controller, vm: &str) -> Result<(), ApiE
 }
 
 /// A VM that no migration holds.
-async fn free_vm(controller: &Controller, vm: &str) -> Result<VmRow, ApiError> {
+pub(crate) async fn free_vm(controller: &Controller, vm: &str) -> Result<VmRow, ApiError> {
     let row = controller.find_vm(vm).await?;
     match controller.store().active_migration_of(row.id()).await? {
         None => Ok(row),

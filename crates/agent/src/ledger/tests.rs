@@ -19,6 +19,10 @@ pub(crate) fn definition(id: VmId) -> VmDefinition {
         disks: Vec::new(),
         nics: Vec::new(),
         saved: None,
+        origin: None,
+        template: false,
+        snapshots: Vec::new(),
+        snapshot: None,
     }
 }
 

@@ -8,7 +8,9 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, fstat, fstatvfs, openat2};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, fstatvfs, openat2,
+};
 use rustix::io::Errno;
 use whimbrel_qemu::process::UnprivilegedUser;
 
@@ -17,6 +19,9 @@ const RESOLVE: ResolveFlags =
 
 /// `openat2` asks to be called again when a folder on the way was renamed meanwhile; so often it is.
 const TRIES_MAX: usize = 16;
+
+/// What `st_blocks` counts in, in bytes, whatever the file system's own blocks are.
+const BLOCK_BYTES: u64 = 512;
 
 /// A folder of a VM: QEMU's user may pass, and change nothing.
 const FOLDER_MODE: Mode = Mode::from_raw_mode(0o711);
@@ -87,6 +92,8 @@ pub struct Space {
     pub total_bytes: u64,
     /// Bytes that may still be used (by others than root).
     pub available_bytes: u64,
+    /// Whether nothing can be written there.
+    pub read_only: bool,
 }
 
 /// An open folder.
@@ -121,7 +128,30 @@ impl Folder {
         Ok(Space {
             total_bytes: found.f_blocks.saturating_mul(found.f_frsize),
             available_bytes: found.f_bavail.saturating_mul(found.f_frsize),
+            read_only: found.f_flag.contains(StatVfsMountFlags::RDONLY),
         })
+    }
+
+    /// Which file system the folder is in.
+    ///
+    /// # Errors
+    /// [`BeneathError::Folder`].
+    pub fn device(&self) -> Result<u64, BeneathError> {
+        let found = fstat(&self.descriptor).map_err(|errno| BeneathError::Folder {
+            path: self.path.clone(),
+            source: errno.into(),
+        })?;
+        Ok(found.st_dev)
+    }
+
+    /// What a plain file occupies, in bytes: holes in it are nothing.
+    ///
+    /// # Errors
+    /// As [`Folder::open_file`].
+    pub fn occupied_bytes(&self, path: &str) -> Result<u64, BeneathError> {
+        let file = self.open_file(path)?;
+        let found = fstat(&file).map_err(io("look at", path))?;
+        Ok(u64::try_from(found.st_blocks).unwrap_or(0).saturating_mul(BLOCK_BYTES))
     }
 
     /// Opens an existing plain file for reading.

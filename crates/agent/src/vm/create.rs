@@ -4,19 +4,26 @@
 //! The ledger's row is written last: until then the journal names the files, and a failure or a crash leaves them to the
 //! sweep. Repeating the same request after a success changes nothing.
 
+pub(super) mod disks;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use whimbrel_api::agent::VmReport;
-use whimbrel_api::vm::{Boot, Disk, Firmware, StoragePath, VmDefinition};
-use whimbrel_api::{ApiError, ErrorCode, Name, VmId};
+use whimbrel_api::lineage::snapshot as snapshot_of;
+use whimbrel_api::vm::{Boot, Disk, Firmware, ImageFormat, StoragePath, VmDefinition};
+use whimbrel_api::{ApiError, ErrorCode, Name};
 use whimbrel_migration::handoff::{Intent, Ownership};
 
+use disks::Source;
+
 use super::task::{self, Beginning};
-use super::{running, spawn};
+use super::{clone, lineage, spawn};
 use crate::host::Host;
 use crate::ledger::Resource;
-use crate::storage::image::{ImageTool, SECTOR_BYTES, SPARE_BYTES};
-use crate::storage::{Aside, disk_path, vm_folder};
+use crate::storage::image::ImageTool;
+use crate::storage::{disk_path, space, vm_folder};
 use crate::validate;
 
 /// Creates a VM, stopped, with its disks. Its definition comes back with everything pinned.
@@ -24,6 +31,18 @@ use crate::validate;
 /// # Errors
 /// A refusal with nothing changed, or a failure after which nothing is left that the journal does not name.
 pub async fn create(host: &Arc<Host>, asked: VmDefinition) -> Result<VmReport, ApiError> {
+    match &asked.origin {
+        Some(origin) if !host.vms.has(asked.id) => clone::begin(host, origin.clone(), asked).await,
+        _ => make(host, asked, None).await,
+    }
+}
+
+/// Creates a VM whose disks are new, or made from those of `parent`, which stand still meanwhile.
+pub(super) async fn make(
+    host: &Arc<Host>,
+    asked: VmDefinition,
+    parent: Option<&VmDefinition>,
+) -> Result<VmReport, ApiError> {
     // A repeated request waits for the first one: it must not take its files for left-overs.
     let owner = asked.id.to_string();
     let _alone = host.in_hand.wait_alone(&owner).await?;
@@ -43,15 +62,19 @@ pub async fn create(host: &Arc<Host>, asked: VmDefinition) -> Result<VmReport, A
             format!("VM {} has been on this host before; a new VM needs a new id", asked.id);
         return Err(ApiError::new(ErrorCode::Exists, message));
     }
-    let definition = pin(host, asked)?;
+    let definition = pin(host, asked, parent)?;
     validate::definition(&definition)?;
     check_here(host, &definition).await?;
+    let engine = host.engine_for(&definition.machine)?;
+    let tool = ImageTool::beside(&engine.binary, host.qemu_user());
+    let sources = disks::sources(host, &tool, &definition, parent).await?;
+    space::reserve(host, &owner, &disks::wanted(&definition, &sources)).await?;
 
     let mut journal: Vec<Resource> =
         definition.disks.iter().map(|disk| file(&definition, disk)).collect();
     journal.extend(variables(&definition)?);
     host.ledger.journal(&owner, &journal).await?;
-    let made = make_files(host, definition.clone()).await;
+    let made = make_files(host, &tool, definition.clone(), sources, parent).await;
     let noted = match made {
         Ok(definition) => note(host, definition).await,
         Err(error) => Err(error),
@@ -73,11 +96,10 @@ pub(super) async fn delete_files(
     let (at, definition) = (Arc::clone(host), definition.clone());
     let deleting = host.storages.aside(move |aside| {
         let folder = |storage: &Name| at.storages.folder(aside, storage);
-        for disk in &definition.disks {
-            // A path that is not of our making is not ours to delete.
-            if disk.file.path == disk_path(definition.id, disk) {
-                folder(&disk.file.storage)?.remove_file(&disk.file.path)?;
-            }
+        // A path that is not of our making is not ours to delete.
+        let own = lineage::own_files(&definition);
+        for file in &own {
+            folder(&file.storage)?.remove_file(&file.path)?;
         }
         if let Some(Resource::DiskFile { storage, path, .. }) = variables(&definition)? {
             folder(&storage)?.remove_file(&path)?;
@@ -85,8 +107,9 @@ pub(super) async fn delete_files(
         if let Some(saved) = &definition.saved {
             folder(&saved.file.storage)?.remove_file(&saved.file.path)?;
         }
-        for disk in &definition.disks {
-            folder(&disk.file.storage)?.remove_empty_folder(&vm_folder(definition.id))?;
+        let storages: BTreeSet<&Name> = own.iter().map(|file| &file.storage).collect();
+        for storage in storages {
+            folder(storage)?.remove_empty_folder(&vm_folder(definition.id))?;
         }
         Ok(())
     });
@@ -103,10 +126,19 @@ async fn note(host: &Arc<Host>, definition: VmDefinition) -> Result<VmReport, Ap
 }
 
 /// Fills in what the request leaves to the creating host.
-fn pin(host: &Host, asked: VmDefinition) -> Result<VmDefinition, ApiError> {
-    let mut definition = asked;
-    definition.generation = definition.generation.max(1);
-    definition.saved = None;
+fn pin(
+    host: &Host,
+    asked: VmDefinition,
+    parent: Option<&VmDefinition>,
+) -> Result<VmDefinition, ApiError> {
+    let mut definition = VmDefinition {
+        generation: asked.generation.max(1),
+        saved: None,
+        template: false,
+        snapshots: Vec::new(),
+        snapshot: None,
+        ..asked
+    };
     if definition.machine.is_empty() {
         let engine = host.engines.first();
         let newest = engine.and_then(|engine| engine.pinned_machine_type("q35"));
@@ -115,9 +147,37 @@ fn pin(host: &Host, asked: VmDefinition) -> Result<VmDefinition, ApiError> {
         })?;
     }
     for disk in &mut definition.disks {
+        disk.layers.clear();
+    }
+    if let Some(parent) = parent {
+        pin_to_parent(&mut definition, parent)?;
+    }
+    for disk in &mut definition.disks {
         disk.file.path = disk_path(definition.id, disk);
     }
     Ok(definition)
+}
+
+/// A clone's disks are as large as those that it is made from; a linked one's stand on them.
+fn pin_to_parent(definition: &mut VmDefinition, parent: &VmDefinition) -> Result<(), ApiError> {
+    let whole = definition.clone();
+    let origin = definition.origin.as_ref();
+    let linked = origin.is_some_and(|origin| origin.linked);
+    let snapshot = origin.and_then(|origin| snapshot_of(parent, origin.snapshot.as_ref()?));
+    for disk in &mut definition.disks {
+        let layers = disks::of_parent(parent, &whole, disk);
+        let Some(now) = parent.disks.iter().find(|found| found.name == disk.name) else {
+            let message = format!("VM `{}` has no disk `{}`", parent.name, disk.name);
+            return Err(ApiError::new(ErrorCode::BadRequest, message));
+        };
+        let then = snapshot.and_then(|s| s.disks.iter().find(|found| found.name == disk.name));
+        disk.size_bytes = then.map_or(now.size_bytes, |then| then.size_bytes);
+        if linked {
+            disk.format = ImageFormat::Qcow2;
+            disk.layers = layers;
+        }
+    }
+    Ok(())
 }
 
 /// Whether a repeated request asks for what is there: everything but what the first one pinned.
@@ -127,8 +187,19 @@ fn same_request(found: &VmDefinition, asked: &VmDefinition) -> bool {
     if asked.machine.is_empty() {
         asked.machine.clone_from(&found.machine);
     }
+    // What has happened to it since.
+    asked.template = found.template;
+    asked.snapshots.clone_from(&found.snapshots);
+    asked.snapshot.clone_from(&found.snapshot);
     for (disk, found) in asked.disks.iter_mut().zip(&found.disks) {
         disk.file.path.clone_from(&found.file.path);
+        disk.layers.clone_from(&found.layers);
+        if asked.origin.is_some() || !found.layers.is_empty() {
+            disk.format = found.format;
+        }
+        if asked.origin.is_some() {
+            disk.size_bytes = found.size_bytes;
+        }
         if disk.import.is_some() && disk.size_bytes == 0 {
             disk.size_bytes = found.size_bytes;
         }
@@ -186,96 +257,39 @@ fn variables(definition: &VmDefinition) -> Result<Option<Resource>, ApiError> {
 }
 
 /// Makes all files of a VM; the definition comes back with the sizes of imported disks.
-async fn make_files(host: &Arc<Host>, definition: VmDefinition) -> Result<VmDefinition, ApiError> {
-    let engine = host.engine_for(&definition.machine)?;
-    let tool = ImageTool::beside(&engine.binary, host.qemu_user());
+async fn make_files(
+    host: &Arc<Host>,
+    tool: &ImageTool,
+    definition: VmDefinition,
+    sources: Vec<Source>,
+    parent: Option<&VmDefinition>,
+) -> Result<VmDefinition, ApiError> {
     let mut definition = definition;
     let id = definition.id;
-    for disk in &mut definition.disks {
-        disk.size_bytes = make_disk(host, &tool, id, disk).await?;
-        let (at, storage) = (Arc::clone(host), disk.file.storage.clone());
-        let syncing = host.storages.aside(move |aside| {
-            Ok(at.storages.folder(aside, &storage)?.sync_folder(&vm_folder(id))?)
-        });
-        syncing.await?;
+    for (disk, source) in definition.disks.iter_mut().zip(sources) {
+        disk.size_bytes = disks::make(host, tool, id, disk, source).await?;
+        disks::sync_folder(host, id, &disk.file).await?;
     }
     if definition.boot == Boot::Firmware(Firmware::Ovmf) {
-        let (at, of) = (Arc::clone(host), definition.clone());
-        host.storages.aside(move |aside| make_variables(&at, aside, &of)).await?;
+        let from = variables_of(host, &definition, parent).await?;
+        disks::copy_small(host, id, from, &spawn::variables_file(&definition)?).await?;
     }
     Ok(definition)
 }
 
-/// Makes one disk; returns the size that the guest sees, in bytes.
-async fn make_disk(
+/// Where the UEFI variables of a new VM come from: pristine ones, or those of the VM that it is a clone of.
+async fn variables_of(
     host: &Arc<Host>,
-    tool: &ImageTool,
-    vm: VmId,
-    disk: &Disk,
-) -> Result<u64, ApiError> {
-    let Some(import) = &disk.import else {
-        // New images are sparse: they need room for what is written, not for what they promise.
-        let file = new_file(host, vm, disk, 0).await?;
-        tool.create(file, disk.format, disk.size_bytes).await?;
-        return Ok(disk.size_bytes);
+    definition: &VmDefinition,
+    parent: Option<&VmDefinition>,
+) -> Result<PathBuf, ApiError> {
+    let Some(parent) = parent else { return Ok(spawn::ovmf()?.1) };
+    let snapshot = definition.origin.as_ref().and_then(|origin| origin.snapshot.as_ref());
+    let kept = snapshot.and_then(|name| snapshot_of(parent, name)?.variables.clone());
+    let file = match kept {
+        Some(file) => file,
+        None => spawn::variables_file(parent)?,
     };
-    let (at, from) = (Arc::clone(host), import.file.clone());
-    let opening = host
-        .storages
-        .aside(move |aside| Ok(at.storages.folder(aside, &from.storage)?.open_file(&from.path)?));
-    let source = opening.await?;
-    let facts = tool.inspect(&source, &import.file.to_string(), import.format).await?;
-    let size_bytes = if disk.size_bytes == 0 { facts.virtual_bytes } else { disk.size_bytes };
-    if size_bytes < facts.virtual_bytes {
-        let message = format!(
-            "disk `{}` would have {size_bytes} bytes, but the image to import has {}",
-            disk.name, facts.virtual_bytes
-        );
-        return Err(ApiError::new(ErrorCode::OutOfRange, message));
-    }
-    let occupied_bytes = facts.occupied_bytes.min(facts.virtual_bytes);
-    let file = new_file(host, vm, disk, occupied_bytes).await?;
-    let grow = (size_bytes > facts.virtual_bytes).then_some(size_bytes);
-    tool.copy(source, import.format, file, disk.format, grow).await?;
-    Ok(size_bytes.next_multiple_of(SECTOR_BYTES))
-}
-
-/// Makes the empty file of a disk, in a storage that has room for so many bytes and some more.
-async fn new_file(
-    host: &Arc<Host>,
-    vm: VmId,
-    disk: &Disk,
-    bytes: u64,
-) -> Result<std::fs::File, ApiError> {
-    let (at, disk) = (Arc::clone(host), disk.clone());
-    let making = host.storages.aside(move |aside| {
-        let folder = at.storages.folder(aside, &disk.file.storage)?;
-        let available_bytes = folder.space()?.available_bytes;
-        let wanted = bytes.saturating_add(SPARE_BYTES);
-        if available_bytes < wanted {
-            let message = format!(
-                "storage `{}` has {available_bytes} bytes free, disk `{}` needs {wanted}",
-                disk.file.storage, disk.name
-            );
-            return Err(ApiError::new(ErrorCode::NoResources, message));
-        }
-        folder.create_folders(&vm_folder(vm))?;
-        Ok(folder.create_file(&disk.file.path, at.qemu_user())?)
-    });
-    making.await
-}
-
-/// Copies the pristine UEFI variables.
-fn make_variables(host: &Host, aside: &Aside, definition: &VmDefinition) -> Result<(), ApiError> {
-    let (_, pristine) = spawn::ovmf()?;
-    let target = spawn::variables_file(definition)?;
-    let failed =
-        |error: std::io::Error| running::engine_error("the UEFI variables were not made", &error);
-    let mut source = std::fs::File::open(pristine).map_err(failed)?;
-    let mut file = host
-        .storages
-        .folder(aside, &target.storage)?
-        .create_file(&target.path, host.qemu_user())?;
-    std::io::copy(&mut source, &mut file).map_err(failed)?;
-    file.sync_all().map_err(failed)
+    let at = Arc::clone(host);
+    host.storages.aside(move |aside| at.storages.existing_file(aside, &file)).await
 }

@@ -2,8 +2,8 @@
 
 use tokio::sync::oneshot;
 use whimbrel_api::agent::VmReport;
-use whimbrel_api::vm::{StateFile, VmState};
-use whimbrel_api::{ApiError, MigrationId};
+use whimbrel_api::vm::{StateFile, VmDefinition, VmState};
+use whimbrel_api::{ApiError, MigrationId, Name};
 use whimbrel_migration::handoff::Ownership;
 use whimbrel_qemu::machine::Machine;
 
@@ -29,6 +29,27 @@ pub(super) enum Order {
     },
     Restore {
         from: StateFile,
+        reply: Reply,
+    },
+    SetTemplate {
+        template: bool,
+        reply: Reply,
+    },
+    TakeSnapshot {
+        name: Name,
+        reply: Reply,
+    },
+    Revert {
+        to: Name,
+        reply: Reply,
+    },
+    DeleteSnapshot {
+        name: Name,
+        reply: Reply,
+    },
+    /// Answered with the clone, of which this VM is the original.
+    Clone {
+        asked: Box<VmDefinition>,
         reply: Reply,
     },
     Delete(oneshot::Sender<Result<(), ApiError>>),

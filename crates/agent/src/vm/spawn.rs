@@ -13,7 +13,7 @@ use std::time::Duration;
 use uuid::Uuid;
 use whimbrel_api::vm::{Boot, Firmware, ImageFormat, RunningEngine, StoragePath, VmDefinition};
 use whimbrel_api::{ApiError, ErrorCode, MigrationId};
-use whimbrel_qemu::command_line::{self, Cache, CpuSpec, DiskFormat, VmSpec};
+use whimbrel_qemu::command_line::{self, Cache, CpuSpec, DiskFormat, LayerSpec, VmSpec};
 use whimbrel_qemu::engine::EngineFacts;
 use whimbrel_qemu::machine::Machine;
 use whimbrel_qemu::process::{Inherited, Launch, Process};
@@ -320,13 +320,10 @@ impl Plan<'_> {
             memory_bytes: definition.memory_bytes,
             boot: self.files.boot.clone(),
             disks: disks
-                .map(|(disk, (path, cache))| command_line::DiskSpec {
+                .map(|(disk, DiskFiles { path, cache, layers })| command_line::DiskSpec {
                     node: disk.name.to_string(),
                     path: path.clone(),
-                    format: match disk.format {
-                        ImageFormat::Qcow2 => DiskFormat::Qcow2,
-                        ImageFormat::Raw => DiskFormat::Raw,
-                    },
+                    format: format(disk.format),
                     read_only: disk.read_only,
                     serial: Some(
                         disk.name
@@ -336,6 +333,7 @@ impl Plan<'_> {
                             .collect(),
                     ),
                     cache: *cache,
+                    layers: layers.clone(),
                 })
                 .collect(),
             nics: nics
@@ -358,7 +356,14 @@ impl Plan<'_> {
 /// A definition's files on this host.
 struct Files {
     boot: command_line::Boot,
-    disks: Vec<(PathBuf, Cache)>,
+    disks: Vec<DiskFiles>,
+}
+
+/// A disk's images on this host.
+struct DiskFiles {
+    path: PathBuf,
+    cache: Cache,
+    layers: Vec<LayerSpec>,
 }
 
 impl Files {
@@ -384,12 +389,33 @@ impl Files {
         };
         let mut disks = Vec::new();
         for disk in &definition.disks {
-            let found = path(&disk.file)?;
-            let shared = host.storages.get(&disk.file.storage)?.shared;
-            let cache = if shared && takes_direct(&found) { Cache::None } else { Cache::WriteBack };
-            disks.push((found, cache));
+            let (found, cache) = look_at_image(host, aside, &disk.file)?;
+            let layers = disk.layers.iter().map(|layer| {
+                let (path, cache) = look_at_image(host, aside, &layer.file)?;
+                Ok(LayerSpec { path, format: format(layer.format), cache })
+            });
+            let layers = layers.collect::<Result<_, ApiError>>()?;
+            disks.push(DiskFiles { path: found, cache, layers });
         }
         Ok(Self { boot, disks })
+    }
+}
+
+fn look_at_image(
+    host: &Host,
+    aside: &Aside,
+    file: &StoragePath,
+) -> Result<(PathBuf, Cache), ApiError> {
+    let found = host.storages.existing_file(aside, file)?;
+    let shared = host.storages.get(&file.storage)?.shared;
+    let cache = if shared && takes_direct(&found) { Cache::None } else { Cache::WriteBack };
+    Ok((found, cache))
+}
+
+fn format(format: ImageFormat) -> DiskFormat {
+    match format {
+        ImageFormat::Qcow2 => DiskFormat::Qcow2,
+        ImageFormat::Raw => DiskFormat::Raw,
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod actions;
 mod saved;
+mod snapshots;
 mod watch;
 
 use std::sync::Arc;
@@ -223,6 +224,25 @@ impl Task {
             Order::Restore { from, reply } => {
                 let outcome = self.restore(&from).await;
                 self.answer(reply, outcome);
+            }
+            Order::SetTemplate { template, reply } => {
+                let outcome = self.set_template(template).await;
+                self.answer(reply, outcome);
+            }
+            Order::TakeSnapshot { name, reply } => {
+                let outcome = self.take_snapshot(&name).await;
+                self.answer(reply, outcome);
+            }
+            Order::Revert { to, reply } => {
+                let outcome = self.revert(&to).await;
+                self.answer(reply, outcome);
+            }
+            Order::DeleteSnapshot { name, reply } => {
+                let outcome = self.delete_snapshot(&name).await;
+                self.answer(reply, outcome);
+            }
+            Order::Clone { asked, reply } => {
+                let _ = reply.send(self.clone_as(*asked).await);
             }
             Order::Delete(reply) => {
                 let outcome = self.delete().await;

@@ -276,6 +276,7 @@ pub(crate) fn definition() -> VmDefinition {
         size_bytes: 1 << 20,
         read_only: false,
         import: None,
+        layers: Vec::new(),
     };
     VmDefinition {
         id: VmId::new(),
@@ -289,6 +290,10 @@ pub(crate) fn definition() -> VmDefinition {
         disks: vec![disk],
         nics: Vec::new(),
         saved: None,
+        origin: None,
+        template: false,
+        snapshots: Vec::new(),
+        snapshot: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The agent API's calls.
 
+mod lineage;
 mod measuring;
 mod moving;
 

@@ -1,5 +1,7 @@
 //! The public API's calls.
 
+mod lineage;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -115,6 +115,7 @@ async fn report(Extract(host): Extract<Host>) -> Json<HostReport> {
 
 fn storage_report(name: &Name) -> StorageReport {
     StorageReport {
+        reserved_bytes: 0,
         name: name.clone(),
         trouble: None,
         total_bytes: 1 << 40,

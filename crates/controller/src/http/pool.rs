@@ -6,8 +6,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use whimbrel_api::event::Event;
 use whimbrel_api::pool::{
-    Host, HostPatch, JoinAnswer, JoinRequest, JoinToken, Network, NewJoinToken, Storage,
-    StorageStatus,
+    Host, HostPatch, JoinAnswer, JoinRequest, JoinToken, Network, NewJoinToken, SetStorageDefaults,
+    Storage, StorageDefaults, StorageStatus,
 };
 use whimbrel_api::server::{Body, Segment};
 use whimbrel_api::{ApiError, Name};
@@ -22,6 +22,8 @@ pub(super) fn calls() -> OpenApiRouter<Shared> {
         .routes(routes!(get_host, patch_host))
         .routes(routes!(list_networks, create_network))
         .routes(routes!(list_storages, create_storage))
+        .routes(routes!(get_storage))
+        .routes(routes!(get_storage_defaults, set_storage_defaults))
 }
 
 /// Make a join token: it admits one host, once, within its time.
@@ -116,4 +118,34 @@ async fn create_storage(
     Body(storage): Body<Storage>,
 ) -> Result<Json<StorageStatus>, ApiError> {
     to_the_end(async move { storages::create(&controller, storage).await }).await.map(Json)
+}
+
+/// One storage, with what each host sees.
+#[utoipa::path(get, path = "/storages/{name}", tag = "storages",
+    params(("name" = Name, Path, description = "The storage's name")),
+    responses((status = 200, description = "The storage", body = StorageStatus)))]
+async fn get_storage(
+    State(controller): State<Shared>,
+    Segment(name): Segment<Name>,
+) -> Result<Json<StorageStatus>, ApiError> {
+    storages::show(&controller, &name).await.map(Json)
+}
+
+/// Which storages are used where none is named.
+#[utoipa::path(get, path = "/storage-defaults", tag = "storages",
+    responses((status = 200, description = "The pool's and the hosts' default storages", body = StorageDefaults)))]
+async fn get_storage_defaults(
+    State(controller): State<Shared>,
+) -> Result<Json<StorageDefaults>, ApiError> {
+    Ok(Json(controller.store().storage_defaults().await?))
+}
+
+/// Say which storages are used where none is named, in the pool or on one host.
+#[utoipa::path(put, path = "/storage-defaults", tag = "storages", request_body = SetStorageDefaults,
+    responses((status = 200, description = "The pool's and the hosts' default storages", body = StorageDefaults)))]
+async fn set_storage_defaults(
+    State(controller): State<Shared>,
+    Body(request): Body<SetStorageDefaults>,
+) -> Result<Json<StorageDefaults>, ApiError> {
+    to_the_end(async move { storages::set_defaults(&controller, request).await }).await.map(Json)
 }

@@ -113,13 +113,23 @@ async fn knock(
         Err(error) if error.code == ErrorCode::NotAllowed => {
             return Reach::NotAllowed { because: "it is not in its list".to_owned() };
         }
+        // The codes of the knock: see `KnockListen`.
+        Err(error) if error.code == ErrorCode::NotFound => {
+            let host = listen.listen.unwrap_or_else(|| "its `migration_address`".to_owned());
+            return Reach::Unresolvable { by: to.clone(), host, because: error.message };
+        }
+        Err(error) if error.code == ErrorCode::NoResources => {
+            return Reach::NotItsOwn { because: error.message };
+        }
         Err(_) => return Reach::NotProbed,
     };
     let at = format!("{}:{}", address.host, address.port);
     let host = address.host.clone();
     match source.knock_connect(&KnockConnect { to: to.clone(), address }).await {
         Ok(Knocked::Open { .. }) => Reach::Reachable,
-        Ok(Knocked::Unresolvable { why }) => Reach::Unresolvable { host, because: why },
+        Ok(Knocked::Unresolvable { why }) => {
+            Reach::Unresolvable { by: from.clone(), host, because: why }
+        }
         Ok(Knocked::NotAllowed { why }) => Reach::NotAllowed { because: why },
         Ok(Knocked::Closed { why }) => Reach::PortClosed { address: at, because: why },
         Ok(Knocked::Untrusted { why }) => Reach::TlsFailed { address: at, because: why },
@@ -135,6 +145,13 @@ fn files(vm: &VmDefinition) -> Vec<FileFacts> {
     };
     let mut files: Vec<FileFacts> =
         vm.disks.iter().map(|disk| fact(format!("disk {}", disk.name), &disk.file)).collect();
+    for disk in &vm.disks {
+        let beneath = disk.layers.iter();
+        files.extend(beneath.map(|l| fact(format!("disk {}'s layer", disk.name), &l.file)));
+    }
+    let frozen = vm.snapshots.iter().flat_map(|snapshot| &snapshot.disks);
+    let frozen = frozen.flat_map(|disk| disk.layers.iter().map(move |layer| (disk, layer)));
+    files.extend(frozen.map(|(disk, l)| fact(format!("disk {}'s snapshot", disk.name), &l.file)));
     if let Boot::Kernel { kernel, initrd, .. } = &vm.boot {
         files.push(fact("kernel".to_owned(), kernel));
         files.extend(initrd.as_ref().map(|initrd| fact("initrd".to_owned(), initrd)));

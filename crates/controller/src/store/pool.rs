@@ -3,7 +3,7 @@
 use rusqlite::{Transaction, params};
 use serde::de::DeserializeOwned;
 use whimbrel_api::Name;
-use whimbrel_api::pool::{Network, Storage};
+use whimbrel_api::pool::{Network, Storage, StorageDefaults};
 
 use super::{Fault, Store, StoreError, parsed};
 
@@ -89,7 +89,49 @@ impl Store {
         })
         .await
     }
+
+    /// Which storages are used where none is named.
+    pub async fn storage_defaults(&self) -> Result<StorageDefaults, StoreError> {
+        self.transact("read the default storages", |transaction| {
+            let sql = "SELECT host, storage FROM default_storages ORDER BY host, place";
+            let mut query = transaction.prepare(sql)?;
+            let mut rows = query.query([])?;
+            let mut defaults = StorageDefaults::default();
+            while let Some(row) = rows.next()? {
+                let (host, storage): (String, String) = (row.get(0)?, row.get(1)?);
+                let storage = parsed::<Name>(&storage)?;
+                if host == POOL {
+                    defaults.pool = Some(storage);
+                } else {
+                    defaults.hosts.entry(parsed(&host)?).or_default().push(storage);
+                }
+            }
+            Ok(defaults)
+        })
+        .await
+    }
+
+    /// Remembers the default storages of a host, or of the pool.
+    pub async fn set_storage_defaults(
+        &self,
+        host: Option<Name>,
+        storages: Vec<Name>,
+    ) -> Result<(), StoreError> {
+        self.transact("remember default storages", move |transaction| {
+            let host = host.as_ref().map_or(POOL, Name::as_str);
+            transaction.execute("DELETE FROM default_storages WHERE host = ?1", [host])?;
+            for (place, storage) in (1_i64..).zip(&storages) {
+                let sql = "INSERT INTO default_storages (host, place, storage) VALUES (?1, ?2, ?3)";
+                transaction.execute(sql, params![host, place, storage.as_str()])?;
+            }
+            Ok(())
+        })
+        .await
+    }
 }
+
+/// The pool among the hosts: no host has this name.
+const POOL: &str = "";
 
 fn definitions<T: DeserializeOwned>(
     transaction: &Transaction<'_>,

@@ -8,7 +8,7 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::{Fault, StoreError};
 
 /// Entry `n` brings schema `n` to `n + 1`.
-const STEPS: &[&str] = &[FIRST, POLICIES_AND_STATISTICS];
+const STEPS: &[&str] = &[FIRST, POLICIES_AND_STATISTICS, DEFAULT_STORAGES];
 
 const FIRST: &str = "
 CREATE TABLE hosts (
@@ -57,6 +57,16 @@ CREATE TABLE attached_policies (subject TEXT PRIMARY KEY, policy TEXT NOT NULL) 
 CREATE TABLE migration_statistics (
     id TEXT PRIMARY KEY REFERENCES migrations (id),
     statistics TEXT NOT NULL
+) STRICT;
+";
+
+/// The pool's own are those of the host without name.
+const DEFAULT_STORAGES: &str = "
+CREATE TABLE default_storages (
+    host TEXT NOT NULL,
+    place INTEGER NOT NULL,
+    storage TEXT NOT NULL REFERENCES storages (name) ON DELETE CASCADE,
+    PRIMARY KEY (host, place)
 ) STRICT;
 ";
 

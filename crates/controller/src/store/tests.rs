@@ -25,6 +25,10 @@ fn definition(id: VmId, vm: &str) -> VmDefinition {
         disks: vec![],
         nics: vec![],
         saved: None,
+        origin: None,
+        template: false,
+        snapshots: Vec::new(),
+        snapshot: None,
     }
 }
 

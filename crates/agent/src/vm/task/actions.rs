@@ -26,6 +26,7 @@ impl Task {
         }
         self.own().await?;
         self.refuse_if_saved()?;
+        self.refuse_if_template()?;
         self.intend(Intent::Run).await?;
         let spawned = spawn::spawn(&self.host, &self.definition, Purpose::Start).await?;
         let begun = async {
@@ -146,6 +147,7 @@ impl Task {
             return Err(self.refuse("stopped"));
         }
         self.own().await?;
+        self.refuse_if_stood_on()?;
         create::delete_files(&self.host, &self.definition).await?;
         self.host.ledger.remove_vm(self.definition.id).await?;
         tracing::info!(vm = %self.definition.name, "deleted");
