@@ -77,7 +77,10 @@ mod tests {
     #[test]
     fn what_is_optional_is_not_told_as_required() {
         for (told, usage) in [
-            ("whimbrel migrate --client <FILE> <VM> <HOST>", "whimbrel migrate [OPTIONS] <VM> <HOST>"),
+            (
+                "whimbrel migrate --client <FILE> <VM> <HOST>",
+                "whimbrel migrate [OPTIONS] <VM> <HOST>",
+            ),
             ("whimbrel vm show --client <FILE> <VM>", "whimbrel vm show [OPTIONS] <VM>"),
             ("whimbrel --client <FILE>", "whimbrel [OPTIONS] <COMMAND>"),
         ] {

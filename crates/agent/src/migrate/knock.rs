@@ -3,9 +3,11 @@
 //! The destination listens for a moment on a port of the migration range, with the certificate that its QEMU will show; the
 //! source connects with the one that its QEMU will show. So a wrong name, a closed port and a bad certificate are told in
 //! our words in preflight, and not in QEMU's in the middle of a move. One connection, [`KNOCK_SECONDS`], then the port is
-//! free again. Nothing of the VM is involved. Called by [`super`] for the controller.
+//! free again. Where it cannot listen at all the code says why: the name has no address, or that is another machine's.
+//! Nothing of the VM is involved. Called by [`super`] for the controller.
 
-use std::net::SocketAddr;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,21 +44,8 @@ pub(super) async fn listen(
     if !sources::may_ever_send(&host.config.migration_sources, &request.from) {
         return Err(sources::refusal(&request.from));
     }
-    let ip = migration_ip(host, request.listen.as_deref()).await?;
-    let mut bound = None;
-    for port in host.config.migration_port_range() {
-        if let Ok(listener) = TcpListener::bind(SocketAddr::new(ip, port)).await {
-            bound = Some((listener, port));
-            break;
-        }
-    }
-    let Some((listener, port)) = bound else {
-        let ports = host.config.migration_port_range();
-        return Err(ApiError::new(
-            ErrorCode::NoResources,
-            format!("no port of {}-{} is free on {ip}", ports.start(), ports.end()),
-        ));
-    };
+    let ip = address(host, request.listen.as_deref()).await?;
+    let (listener, port) = bind(host, ip).await?;
     let tls = qemu_server_config(&host.identity.qemu_server(), request.from.as_str()).map_err(
         |error| ApiError::internal("the certificates of this host cannot be used", &error),
     )?;
@@ -81,6 +70,33 @@ pub(super) async fn listen(
     });
     let at = request.listen.unwrap_or_else(|| host.config.migration_host());
     Ok(KnockAddress { host: at, port })
+}
+
+/// Where to listen. `not-found`: the name has no address here.
+async fn address(host: &Host, named: Option<&str>) -> Result<IpAddr, ApiError> {
+    let found = timeout(Duration::from_secs(KNOCK_SECONDS), migration_ip(host, named)).await;
+    let found = found.unwrap_or_else(|_| {
+        let message = format!("the resolver gave no answer within {KNOCK_SECONDS} s");
+        Err(ApiError::new(ErrorCode::NotFound, message))
+    });
+    found.map_err(|error| ApiError { code: ErrorCode::NotFound, ..error })
+}
+
+/// The first free port of the range. `no-resources`: the address is not this host's; `busy`: all ports are taken just now.
+async fn bind(host: &Host, ip: IpAddr) -> Result<(TcpListener, u16), ApiError> {
+    for port in host.config.migration_port_range() {
+        match TcpListener::bind(SocketAddr::new(ip, port)).await {
+            Ok(listener) => return Ok((listener, port)),
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {
+                let message = format!("{ip} is not an address of {}", host.name());
+                return Err(ApiError::new(ErrorCode::NoResources, message));
+            }
+            Err(_) => {}
+        }
+    }
+    let ports = host.config.migration_port_range();
+    let message = format!("no port of {}-{} is free on {ip}", ports.start(), ports.end());
+    Err(ApiError::new(ErrorCode::Busy, message))
 }
 
 /// The name is that of the certificate from here on.

@@ -618,6 +618,15 @@ fn the_way_is_tried_beforehand() {
         pair.calls.block_on(async {
             let listen = KnockListen { from: pair.a.config.name.clone(), listen: None };
             let address = pair.client(&pair.b).knock_listen(&listen).await.unwrap();
+            for (at, code) in [
+                ("no-such-host.invalid", ErrorCode::NotFound),
+                ("192.0.2.77", ErrorCode::NoResources),
+            ] {
+                let listen = KnockListen { listen: Some(at.to_owned()), ..listen.clone() };
+                let refused = pair.client(&pair.b).knock_listen(&listen).await.unwrap_err();
+                assert_eq!(refused.code, code, "{refused}");
+                assert!(refused.message.contains(at), "{refused}");
+            }
             let mut connect = KnockConnect { to: pair.b.config.name.clone(), address };
             let reach = pair.client(&pair.a).knock_connect(&connect).await.unwrap();
             assert!(matches!(reach, Reach::Open { .. }), "{reach:?}");

@@ -7,6 +7,7 @@ use whimbrel_api::migration::{
 };
 use whimbrel_api::vm::VmAction;
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Phase};
+use whimbrel_migration::preflight::Code;
 
 use super::rig::{Rig, eventually, name};
 use crate::fake_agent::{FakeAgent, Pace};
@@ -124,6 +125,26 @@ async fn what_moved_while_the_controller_was_away_has_moved() {
     rig.until_state("web01", "running").await;
     assert_eq!(rig.client.vm("web01").await.unwrap().host.as_str(), "host-b");
     eventually(|| async { a.is_swept() && b.is_swept() }).await;
+}
+
+#[tokio::test]
+async fn an_address_at_which_nobody_can_receive_is_refused_before_anything_is_prepared() {
+    let (rig, _a, b) = two_hosts().await;
+    for (code, verdict) in [
+        (ErrorCode::NotFound, Code::AddressUnresolvable),
+        (ErrorCode::NoResources, Code::AddressNotItsOwn),
+    ] {
+        let said = ApiError::new(code, "there is no 10.0.0.77 here");
+        b.refuse_next("POST /v1/knock/listen", said);
+        let mut request = to("host-b");
+        request.options.migrate_address = Some("10.0.0.77".to_owned());
+        let refused = rig.client.migrate(&request).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::PreflightRefused, "{refused:?}");
+        let codes: Vec<Code> = refused.verdicts.iter().map(|verdict| verdict.code).collect();
+        assert_eq!(codes, [verdict]);
+        assert!(refused.verdicts[0].problem.contains("10.0.0.77"), "{refused:?}");
+    }
+    assert_eq!(b.called("PUT /v1/incoming"), 0);
 }
 
 #[tokio::test]

@@ -243,9 +243,16 @@ pub enum Reach {
     Reachable,
     /// The host name has no address.
     Unresolvable {
+        /// The host that looked it up.
+        by: Name,
         /// The name that was looked up.
         host: String,
         /// What the resolver said.
+        because: String,
+    },
+    /// The destination cannot listen there: the address is another machine's.
+    NotItsOwn {
+        /// What the destination said.
         because: String,
     },
     /// Nothing answered, or it was refused.

@@ -111,6 +111,8 @@ codes! {
     DeviceCannotMove = "device-cannot-move",
     /// The destination's migration address cannot be resolved.
     AddressUnresolvable = "address-unresolvable",
+    /// The migration address is not one of the destination's.
+    AddressNotItsOwn = "address-not-its-own",
     /// Nothing answers at the destination's migration address.
     PortClosed = "port-closed",
     /// What answers there is not the destination, or does not trust the source.
@@ -471,12 +473,19 @@ fn reachability(source: &Name, host: &Name, reach: &Reach) -> Option<Verdict> {
             format!("Whether host {source} reaches host {host} was not tried."),
             format!("See that the agent of {source} is running."),
         )),
-        Reach::Unresolvable { host: name, because } => Some(refuse(
+        Reach::Unresolvable { by, host: name, because } => Some(refuse(
             Code::AddressUnresolvable,
+            format!("Host {by} cannot resolve {name}, the migration address of {host}: {because}."),
             format!(
-                "Host {source} cannot resolve {name}, the migration address of {host}: {because}."
+                "Correct --migrate-address, or give {host} a `migration_address` that both hosts can resolve, or an IP address."
             ),
-            format!("Give {host} a migration address that {source} can resolve, or an IP address."),
+        )),
+        Reach::NotItsOwn { because } => Some(refuse(
+            Code::AddressNotItsOwn,
+            format!("Host {host} cannot receive at the migration address: {because}."),
+            format!(
+                "Give an address of {host}: in --migrate-address, else in its `migration_address`."
+            ),
         )),
         Reach::PortClosed { address, because } => Some(refuse(
             Code::PortClosed,

@@ -116,6 +116,7 @@ fn spoils() -> Vec<(Code, Spoil, &'static [&'static str])> {
             Code::AddressUnresolvable,
             |q| {
                 q.reach = Reach::Unresolvable {
+                    by: name("host-a"),
                     host: "host-b.example".into(),
                     because: "no such name".into(),
                 };
@@ -131,6 +132,11 @@ fn spoils() -> Vec<(Code, Spoil, &'static [&'static str])> {
                 };
             },
             &["10.0.0.2:7402", "connection refused"],
+        ),
+        (
+            Code::AddressNotItsOwn,
+            |q| q.reach = Reach::NotItsOwn { because: "10.0.0.9 is not one of its own".into() },
+            &["host-b", "10.0.0.9"],
         ),
         (
             Code::SourceNotAllowed,
@@ -244,7 +250,7 @@ fn each_missing_network_and_file_is_named_once() {
 proptest! {
     /// Verdicts do not hide each other: whatever is spoilt together is reported together.
     #[test]
-    fn all_verdicts_at_once(picks in proptest::collection::vec(any::<bool>(), 19)) {
+    fn all_verdicts_at_once(picks in proptest::collection::vec(any::<bool>(), spoils().len())) {
         let spoils = spoils();
         prop_assert_eq!(picks.len(), spoils.len());
         let mut question = good();
@@ -257,7 +263,7 @@ proptest! {
         }
         // What a later spoil of the same field replaces, and what follows from a missing engine.
         let reach = [
-            Code::AddressUnresolvable, Code::PortClosed, Code::SourceNotAllowed, Code::TlsFailed,
+            Code::AddressUnresolvable, Code::PortClosed, Code::AddressNotItsOwn, Code::SourceNotAllowed, Code::TlsFailed,
             Code::AddressNotProbed,
         ];
         let engine = [

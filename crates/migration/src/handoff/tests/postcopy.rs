@@ -70,7 +70,11 @@ fn nothing_but_memory_ends_the_serving() {
     assert_eq!(source.step(source_message(&source, Body::Refused)), []);
     assert_eq!(source.step(source_message(&source, Body::Owned)), []);
     assert_eq!(source.step(SourceInput::Overdue), [Action::RaiseUnresolved]);
-    assert_eq!(source.step(SourceInput::Overdue), [Action::RaiseUnresolved], "every silence is told");
+    assert_eq!(
+        source.step(SourceInput::Overdue),
+        [Action::RaiseUnresolved],
+        "every silence is told"
+    );
     assert_eq!(bodies(&source.step(SourceInput::Tick)), [Body::AskFetched]);
 
     assert_eq!(destination.step(DestinationInput::Abandon("the lease ended".into())), []);
