@@ -30,9 +30,10 @@ use std::sync::Arc;
 
 use whimbrel_api::measure::{
     CENSUS_PAGES_MAX, CURVE_PAGES_MAX, CURVE_WINDOW_MS_MAX, CURVE_WINDOW_MS_MIN, CURVE_WINDOWS_MAX,
-    CensusReport, CensusRequest, DirtyCurveReport, DirtyCurveRequest, SAMPLE_PAGES_MIN,
+    CensusReport, CensusRequest, DirtyCurveReport, DirtyCurveRequest, DirtyMeasure,
+    SAMPLE_PAGES_MIN,
 };
-use whimbrel_api::vm::VmState;
+use whimbrel_api::vm::{VmDefinition, VmState};
 use whimbrel_api::{ApiError, ErrorCode, VmId};
 use whimbrel_qemu::engine::Accelerator;
 use whimbrel_qemu::machine::Machine;
@@ -84,6 +85,17 @@ pub async fn dirty_curve(
     let report = dirty_curve::measure(memory, &request, subject.pid, subject.vcpus).await?;
     subject.still_there(host)?;
     Ok(report)
+}
+
+/// The same of a VM that is lent to a migration: for that migration, beside its copy.
+pub(crate) async fn dirty_curve_of_lent(
+    process: u32,
+    definition: &VmDefinition,
+    request: &DirtyCurveRequest,
+) -> Result<DirtyMeasure, ApiError> {
+    let memory = GuestMemory::of(process, definition.memory_bytes)?;
+    let report = dirty_curve::measure(memory, request, process, definition.vcpus).await?;
+    Ok(report.measure)
 }
 
 /// A running VM that is measured. While this lives, nobody else measures the same of it.

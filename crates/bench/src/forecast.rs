@@ -145,7 +145,7 @@ fn one(stage: &Stage, guest: &Guest<'_>, case: Case, to: &str) -> Result<Compare
     };
     dirty(case.dirty_mb_per_s)?;
     stage.pause(SETTLE)?;
-    let plan = stage.whimbrel(&["plan", &guest.name, to, "--json"])?;
+    let plan = stage.whimbrel(&["plan", &guest.name, to, "--fresh", "--json"])?;
     let foretold = Foretold::read(&plan)?;
     let moved = guest.migrate_within(to, &[], case.within())?;
     dirty(0)?;

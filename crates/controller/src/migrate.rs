@@ -219,6 +219,7 @@ async fn begin(page: &mut Page) -> Result<OutgoingRequest, Stay> {
 
     page.enter(Phase::Precopy).await?;
     let policy = page.policy().await?;
+    let measurements = page.measurements().await;
     let record = &page.record;
     Ok(OutgoingRequest {
         vm: record.vm,
@@ -228,6 +229,7 @@ async fn begin(page: &mut Page) -> Result<OutgoingRequest, Stay> {
         strategy: strategy(record),
         policy,
         forecast: record.forecast.clone(),
+        measurements,
         offer,
         grant: page.grant()?,
     })

@@ -28,7 +28,7 @@ use whimbrel_migration::forecast::facts::EngineCosts;
 use whimbrel_migration::preflight::{self, EngineAbilities, EngineVersion};
 use whimbrel_migration::strategy::{self, Plan, Situation};
 
-pub(crate) use gather::{Effort, Gathered, Subject, gather, keep_cpus};
+pub(crate) use gather::{Effort, Gathered, Subject, gather, keep_cpus, note_rate};
 pub(crate) use shelf::Shelf;
 
 use crate::Controller;

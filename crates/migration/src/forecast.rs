@@ -117,8 +117,11 @@ pub fn forecast(facts: &Measurements, costs: &EngineCosts, strategy: &Strategy) 
     let begin = strategy.postcopy.map(|postcopy| postcopy.begin);
     let told = if strategy.stop_first {
         stopped(&course, &trip)
+    } else if begin == Some(PostcopyBegin::AtOnce) {
+        let before_ms = costs.look_ms.min(course.first_pass().0);
+        postcopy(&course, &trip, strategy, Before::part(&course, before_ms))
     } else if begin == Some(PostcopyBegin::AfterFirstPass) {
-        postcopy(&course, &trip, strategy)
+        postcopy(&course, &trip, strategy, Before::whole_pass(&course))
     } else {
         precopy(&course, &trip, strategy)
     };
@@ -208,24 +211,49 @@ fn stopped(course: &Course<'_>, trip: &Trip) -> Forecast {
     }
 }
 
-/// One pass, then the guest runs on the destination and what it has dirtied follows.
-fn postcopy(course: &Course<'_>, trip: &Trip, strategy: &Strategy) -> Forecast {
-    let (first_pass_ms, missing_bytes) = course.first_pass();
+/// What goes before post-copy begins.
+struct Before {
+    ms: f64,
+    /// What is missing then and has never been sent, in bytes.
+    unsent_bytes: f64,
+    /// What has been sent and was dirtied meanwhile, in bytes.
+    again_bytes: f64,
+}
+
+impl Before {
+    /// One pass over the memory, seen at the next look.
+    fn whole_pass(course: &Course<'_>) -> Self {
+        let (pass_ms, again_bytes) = course.first_pass();
+        Self { ms: pass_ms + course.costs.look_ms / 2.0, unsent_bytes: 0.0, again_bytes }
+    }
+
+    /// A part of one.
+    fn part(course: &Course<'_>, ms: f64) -> Self {
+        let sent = (ms * 1e6 / course.stream.first_ns_per_byte).min(course.memory_bytes);
+        Self { ms, unsent_bytes: course.memory_bytes - sent, again_bytes: 0.0 }
+    }
+}
+
+/// Some of the memory, then the guest runs on the destination and what is missing there follows.
+fn postcopy(course: &Course<'_>, trip: &Trip, strategy: &Strategy, before: Before) -> Forecast {
+    let (first_pass_ms, _) = course.first_pass();
+    let missing_bytes = before.unsent_bytes + before.again_bytes;
     let stream = &course.stream;
     let downtime_ms = trip.pause_ms + course.costs.postcopy_switchover_extra_ms;
-    // That the first pass is over is seen at the next look.
-    let runs_after_ms = trip.before_ms + first_pass_ms + course.costs.look_ms / 2.0 + downtime_ms;
+    let runs_after_ms = trip.before_ms + before.ms + downtime_ms;
     let limit = strategy.postcopy.and_then(|postcopy| postcopy.bandwidth_bytes_per_s);
     let limit_ns = limit.map_or(0.0, |limit| stream.again_wire_share * 1e9 / limit.max(1) as f64);
-    let lasts_ms = missing_bytes * stream.again_ns_per_byte.max(limit_ns) / 1e6;
+    let lasts_ms = (before.unsent_bytes * stream.first_ns_per_byte.max(limit_ns)
+        + before.again_bytes * stream.again_ns_per_byte.max(limit_ns))
+        / 1e6;
     let stall_us = course.costs.postcopy_fault_us + trip.rtt_ms * 1_000.0;
     let missing_pages = missing_bytes / PAGE_BYTES as f64;
     // The guest goes on writing where it wrote before, and finds ever more of it there.
     let touched_pages = course.curve.unique_bytes(lasts_ms) / PAGE_BYTES as f64;
     let most = lasts_ms * 1_000.0 / stall_us.max(1.0);
     let faults = (touched_pages / 2.0).min(missing_pages).min(most);
-    let wire =
-        course.memory_bytes * stream.first_wire_share + missing_bytes * stream.again_wire_share;
+    let wire = course.memory_bytes * stream.first_wire_share
+        + before.again_bytes * stream.again_wire_share;
     Forecast {
         total_ms: Some(runs_after_ms + lasts_ms),
         downtime_ms: Some(downtime_ms),

@@ -31,7 +31,7 @@ use utoipa::ToSchema;
 pub use self::ladder::plan;
 pub use self::replanning::{
     Observed, PASSES_KEPT, PassSeen, RATE_CHANGE_PERCENT, STALL_PASSES, STALL_SHRINK_PERCENT, Step,
-    StepUp, TIME_USED_PERCENT, replan,
+    StepUp, TIME_USED_PERCENT, replan, replan_measured,
 };
 pub use self::settings::{
     CompressionSetting, PostcopyBegin, PostcopySetting, Rung, Strategy, ThrottleSetting,

@@ -9,7 +9,8 @@
 //! errors, and what cannot be done is tried again at the next tick.
 //!
 //! The VM is taken by value from its task ([`RunningVm`]) and given back by [`Ended`]. Each in its own file: [`mod@copy`],
-//! a stopped VM's [`mod@definition`], how it is steered ([`steering`]), what follows it in post-copy ([`serving`]), the
+//! a stopped VM's [`mod@definition`], how it is steered ([`steering`]), what is learnt of its
+//! guest meanwhile ([`looking`]), what follows it in post-copy ([`serving`]), the
 //! questions to the destination ([`asking`]), the guest that stays or is gone ([`guest`]), this host's [`word`],
 //! and the figures ([`pause`], [`samples`]). Not here: HTTP, the destination's side, what QEMU is told
 //! ([`whimbrel_qemu::migrate::outgoing`]). Called by [`super::Migrations`].
@@ -18,6 +19,7 @@ mod asking;
 mod copy;
 mod definition;
 mod guest;
+mod looking;
 mod pause;
 pub(super) mod samples;
 mod serving;
@@ -53,6 +55,7 @@ use whimbrel_qemu::process::Process;
 use self::asking::Asking;
 use self::copy::{CONFIRM_SECONDS, Copying, enter};
 use self::guest::{lay_out_credentials, remove_credentials};
+use self::looking::Look;
 use self::pause::Pause;
 use self::samples::Samples;
 use self::serving::Rest;
@@ -145,6 +148,8 @@ pub(super) struct Ears {
     events: Option<Events>,
     /// The source's QEMU, until its end has been noticed.
     process: Option<Process>,
+    /// How the guest writes, until it is known.
+    look: Option<Look>,
 }
 
 impl Departure {
@@ -259,6 +264,7 @@ impl Departure {
             heartbeat: interval(Duration::from_secs(HEARTBEAT_SECONDS)),
             events: self.guest.as_ref().map(|guest| guest.qemu.machine.events()),
             process: self.guest.as_ref().map(|guest| guest.qemu.process.clone()),
+            look: self.look(),
         };
         drive(&mut self, first, ears).await;
         self.finish().await
@@ -510,6 +516,11 @@ impl Side for Departure {
             Ok(()) = ears.statistics.changed() => {
                 let statistics = ears.statistics.borrow_and_update().clone();
                 self.copied_more(&statistics);
+                None
+            }
+            found = or_never(ears.look.as_mut()), if self.copying.is_some() => {
+                ears.look = None;
+                self.looked(found);
                 None
             }
             event = next_event(&mut ears.events) => self.qemu_said(&event),

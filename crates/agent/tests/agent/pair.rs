@@ -150,6 +150,7 @@ impl Pair {
             strategy: way.strategy,
             policy: way.policy,
             forecast: None,
+            measurements: None,
             offer,
             grant: self.grant(one, from, to),
         };

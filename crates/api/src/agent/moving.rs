@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use whimbrel_migration::downtime::Downtime;
 use whimbrel_migration::forecast::Forecast;
+use whimbrel_migration::forecast::facts::Measurements;
 use whimbrel_migration::handoff::Message;
 use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
 use whimbrel_migration::phase::Phase;
@@ -224,6 +225,9 @@ pub struct OutgoingRequest {
     /// What was foretold of the strategy; none if nothing was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forecast: Option<Forecast>,
+    /// What it was foretold from; none if nothing was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measurements: Option<Measurements>,
     /// What the destination offered.
     pub offer: IncomingOffer,
     /// The controller's signed permission.

@@ -18,11 +18,13 @@ use whimbrel_api::migration::{
 use whimbrel_api::policy::Policy;
 use whimbrel_api::vm::VmDefinition;
 use whimbrel_api::{ApiError, Epoch, ErrorCode, MigrationId, Name, Phase};
+use whimbrel_migration::forecast::facts::Measurements;
 use whimbrel_migration::preflight::ENGINE_OVERHEAD_BYTES;
 use whimbrel_pki::grant::SignedGrant;
 
 use crate::controller::MovedPlacement;
 use crate::hosts::Member;
+use crate::plan::{Effort, gather, note_rate, subject};
 use crate::{Controller, policies};
 
 /// Wishes of one migration that may wait.
@@ -239,6 +241,15 @@ impl Page {
         let Some(name) = &self.record.policy else { return Ok(Policy::default()) };
         let found = policies::get(&self.controller, name).await;
         Ok(found.map_err(|error| failed(Phase::Precopy, &error))?.policy)
+    }
+
+    /// What the way was chosen by, as far as it is still at hand; nothing is measured for it.
+    pub(super) async fn measurements(&self) -> Option<Measurements> {
+        self.record.forecast.as_ref()?;
+        let row = self.controller.find_vm(self.record.vm.to_string().as_str()).await.ok()?;
+        let (source, destination) = (&self.source, &self.destination);
+        let of = subject(&self.controller, &row, source, destination, &self.record.options);
+        Some(gather(&self.controller, &of, Effort::None).await.measurements)
     }
 
     /// The definition that travels, as the source has it, under the name that the VM is to have.
@@ -460,6 +471,7 @@ impl Page {
         self.record.settled = None;
         self.record.state = state;
         self.controller.metrics().ended(&self.record);
+        note_rate(&self.controller, &self.record);
         while let Err(error) = self.controller.save_migration(&self.record).await {
             tracing::error!(migration = %self.record.id, %error, "the end cannot be written; trying again");
             tokio::time::sleep(Duration::from_millis(WRITE_AGAIN_MS)).await;

@@ -16,6 +16,7 @@ use whimbrel_api::measure::{
     Census, CensusRequest, CpuReport, CpuSpare, DirtyCurveRequest, DirtyMeasure, DirtyWindow,
     LinkMeasure, LinkRequest,
 };
+use whimbrel_api::migration::Migration;
 use whimbrel_api::plan::{Measured, MeasuredAt, Measurements};
 use whimbrel_api::{ApiError, VmId};
 
@@ -30,6 +31,17 @@ pub(super) const BRIEF_MS: u64 = 400;
 const THOROUGH_SECONDS: u64 = 20;
 /// Sampled pages of a guest for a migration: the share of zero pages to 2 % or better.
 const BRIEF_PAGES: u32 = 1024;
+/// How old a census may be, in seconds.
+const CENSUS_SECONDS: u64 = 60;
+/// How old the look at a guest's writing may be, in seconds: it may begin to write at any time.
+const DIRTY_SECONDS: u64 = 15;
+/// How old a link's rate may be for a plan, in seconds.
+const LINK_SECONDS: u64 = 60;
+/// The same for a migration, in seconds: links seldom change, a probe costs a quarter of a second, and a migration that finds the
+/// link otherwise has it forgotten ([`note_rate`]).
+const LINK_BRIEF_SECONDS: u64 = 600;
+/// How far the rate of a copy may be from the forecast, in percent, before the link is probed anew.
+const RATE_OFF_PERCENT: f64 = 30.0;
 /// How often a host is asked what its processors have to spare, in seconds.
 const CPU_AGAIN_SECONDS: u64 = 5;
 /// What a link is reckoned to carry that could not be probed, in bytes a second: 10 Gbit/s, so that nothing is done about a
@@ -203,7 +215,7 @@ impl Asking {
 
     async fn census(&self) -> Answer<Census> {
         let Self { controller, subject, .. } = self.clone();
-        let at_hand = controller.shelf().census.get(&subject.vm);
+        let at_hand = controller.shelf().census.get(&subject.vm, CENSUS_SECONDS);
         let request = match self.effort {
             Effort::Thorough { .. } => CensusRequest::default(),
             Effort::Brief | Effort::None => CensusRequest { sample_pages: BRIEF_PAGES },
@@ -223,7 +235,7 @@ impl Asking {
             let value = DirtyMeasure { windows, vcpu_busy_share: 0.0 };
             return Ok(Found { at: Instant::now(), value });
         }
-        let at_hand = controller.shelf().dirty.get(&subject.vm);
+        let at_hand = controller.shelf().dirty.get(&subject.vm, DIRTY_SECONDS);
         if at_hand.is_none() && !matches!(self.effort, Effort::Thorough { .. }) {
             return Err("it would take seconds; the copy itself will tell".to_owned());
         }
@@ -239,7 +251,9 @@ impl Asking {
         let Self { controller, subject, effort, .. } = self.clone();
         let (from, to) = (subject.source.name.clone(), subject.destination.name.clone());
         let key = (from, to.clone(), subject.tls);
-        let at_hand = controller.shelf().link.get(&key);
+        let thorough = matches!(effort, Effort::Thorough { .. });
+        let most_seconds = if thorough { LINK_SECONDS } else { LINK_BRIEF_SECONDS };
+        let at_hand = controller.shelf().link.get(&key, most_seconds);
         let anew = self.wants_fresh();
         self.have(at_hand, async move {
             let agent = subject.destination.view().address;
@@ -266,6 +280,16 @@ impl Asking {
             return best.ok_or_else(|| "it was not asked yet".to_owned());
         }
         self.have(None, async move { ask_cpu(&controller, &member).await }).await
+    }
+}
+
+/// A copy has ended that went faster or slower than was foretold: the next one measures the link anew.
+pub(crate) fn note_rate(controller: &Controller, record: &Migration) {
+    let (Some(forecast), Some(progress)) = (&record.forecast, &record.progress) else { return };
+    let (seen, foretold) = (progress.bits_per_s as f64 / 8.0, forecast.wire_bytes_per_s);
+    if seen > 0.0 && (seen - foretold).abs() > foretold * RATE_OFF_PERCENT / 100.0 {
+        let (from, to) = (record.source.clone(), record.destination.clone());
+        controller.shelf().link.forget(&(from, to, record.options.tls));
     }
 }
 

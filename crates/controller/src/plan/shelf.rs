@@ -1,7 +1,8 @@
 //! What was measured a moment ago: good enough for the next plan, and forgotten with the process.
 //!
 //! Nothing here is a record: a restarted controller measures again. Entries are replaced, never corrected, and bounded in
-//! number; what is older than [`FRESH_SECONDS`] is not told any more.
+//! number. How old a result may be is said by who asks, for some things change faster than others; what is older than
+//! [`KEPT_SECONDS`] is not told any more.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 use whimbrel_api::measure::{Census, CpuReport, DirtyMeasure, LinkMeasure};
 use whimbrel_api::{Name, VmId};
 
-/// How long a result is good enough, in seconds.
-pub(crate) const FRESH_SECONDS: u64 = 60;
+/// How long a result is kept, in seconds.
+pub(super) const KEPT_SECONDS: u64 = 900;
 /// Most results of one kind.
 const ENTRIES_MAX: usize = 1024;
 /// How far back is looked for what a host had to spare, in seconds.
@@ -51,10 +52,16 @@ impl<K, T> Default for Kept<K, T> {
 }
 
 impl<K: Eq + Hash, T: Clone> Kept<K, T> {
-    /// A result that is fresh.
-    pub(super) fn get(&self, key: &K) -> Option<Found<T>> {
+    /// A result that is no older than so many seconds.
+    pub(super) fn get(&self, key: &K, most_seconds: u64) -> Option<Found<T>> {
+        let most = Duration::from_secs(most_seconds.min(KEPT_SECONDS));
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.get(key).filter(|found| is_fresh(found)).cloned()
+        kept.get(key).filter(|found| found.at.elapsed() < most).cloned()
+    }
+
+    /// Forgets a result that was not so.
+    pub(super) fn forget(&self, key: &K) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
     }
 
     /// Keeps a result of `age` ago.
@@ -63,7 +70,8 @@ impl<K: Eq + Hash, T: Clone> Kept<K, T> {
         let found = Found { at: now.checked_sub(age).unwrap_or(now), value };
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() >= ENTRIES_MAX {
-            kept.retain(|_, found| is_fresh(found));
+            let most = Duration::from_secs(KEPT_SECONDS);
+            kept.retain(|_, found| found.at.elapsed() < most);
         }
         if kept.len() < ENTRIES_MAX {
             kept.insert(key, found.clone());
@@ -105,10 +113,6 @@ impl Cpus {
     }
 }
 
-fn is_fresh<T>(found: &Found<T>) -> bool {
-    found.at.elapsed() < Duration::from_secs(FRESH_SECONDS)
-}
-
 #[cfg(test)]
 mod tests {
     use whimbrel_api::measure::CpuSpare;
@@ -137,18 +141,21 @@ mod tests {
     fn what_is_old_is_not_told_and_makes_room() {
         let kept = Kept::<u64, &str>::default();
         kept.put(1, "new", Duration::ZERO);
-        assert_eq!(kept.get(&1).unwrap().value, "new");
+        assert_eq!(kept.get(&1, 60).unwrap().value, "new");
         kept.put(1, "newer", Duration::ZERO);
-        assert_eq!(kept.get(&1).unwrap().value, "newer");
-        let old = Duration::from_secs(FRESH_SECONDS + 1);
+        assert_eq!(kept.get(&1, 60).unwrap().value, "newer");
+        let old = Duration::from_secs(61);
         let monotonic_can = Instant::now().checked_sub(old).is_some();
         kept.put(2, "old", old);
         assert_eq!(
-            kept.get(&2).is_none(),
+            kept.get(&2, 60).is_none(),
             monotonic_can,
             "a machine that has just started cannot tell"
         );
-        assert_eq!(kept.get(&3), None);
+        assert_eq!(kept.get(&2, 120).is_some(), monotonic_can, "it is enough for others");
+        assert_eq!(kept.get(&3, 60), None);
+        kept.forget(&1);
+        assert_eq!(kept.get(&1, 60), None);
         for key in 0..2 * ENTRIES_MAX as u64 {
             kept.put(key, "many", Duration::ZERO);
         }

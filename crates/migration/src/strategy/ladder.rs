@@ -15,6 +15,9 @@ use crate::preflight::EngineVersion;
 use crate::preflight::combinations::multifd_with_postcopy;
 
 const DEFAULT_LEVEL: u8 = 1;
+/// Where a first pass would leave more than this share of the memory to be sent again, post-copy does not wait for it: so
+/// it takes no longer than one and a half times what the memory takes.
+const SENT_AGAIN_MAX_SHARE: f64 = 0.5;
 /// From this QEMU on the throttle does not wait for the end of a pass. Nothing in QEMU's description of
 /// itself tells, and nothing but the forecast depends on it.
 const THROTTLE_SYNC_FROM: EngineVersion = EngineVersion { major: 9, minor: 2, micro: 0 };
@@ -352,7 +355,13 @@ impl<'a> Climb<'a> {
             None
         };
         let strategy = Strategy { rung: Rung::Postcopy, channels, postcopy, ..self.base() };
-        Some(self.candidate(strategy))
+        let after_a_pass = self.candidate(strategy);
+        let asked = options.postcopy.is_some_and(|postcopy| postcopy.after_precopy);
+        if asked || !is_mostly_sent_again(self.situation.facts, &after_a_pass.forecast) {
+            return Some(after_a_pass);
+        }
+        let postcopy = Some(self.postcopy_setting(PostcopyBegin::AtOnce));
+        Some(self.candidate(Strategy { postcopy, ..after_a_pass.strategy }))
     }
 
     fn postcopy_possible(&self) -> Result<(), String> {
@@ -600,6 +609,13 @@ fn outcome_words(forecast: &Forecast) -> String {
         ));
     }
     words
+}
+
+/// Whether a guest dirties so much during a first pass that the pass is not worth making before post-copy:
+/// what it works on is missing afterwards all the same, and everything takes longer.
+pub(super) fn is_mostly_sent_again(facts: &Measurements, forecast: &Forecast) -> bool {
+    let again = facts.dirty_curve().unique_bytes(forecast.first_pass_ms);
+    again > facts.memory_bytes as f64 * SENT_AGAIN_MAX_SHARE
 }
 
 fn dirty_words(curve: &DirtyCurve) -> String {

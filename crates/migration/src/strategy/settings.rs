@@ -80,6 +80,7 @@ impl fmt::Display for Strategy {
             return write!(f, ", the guest stopped meanwhile");
         }
         match self.postcopy.map(|postcopy| postcopy.begin) {
+            Some(PostcopyBegin::AtOnce) => write!(f, ", post-copy at once")?,
             Some(PostcopyBegin::AfterFirstPass) => write!(f, ", post-copy after a first pass")?,
             Some(PostcopyBegin::WhenStalled) => write!(f, ", post-copy in reserve")?,
             Some(PostcopyBegin::WhenOrdered) => write!(f, ", post-copy when ordered")?,
@@ -201,6 +202,8 @@ pub struct PostcopySetting {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum PostcopyBegin {
+    /// As soon as memory goes: of a first pass, most would have to be sent again.
+    AtOnce,
     /// As soon as one pass over the memory is made.
     AfterFirstPass,
     /// When the copy turns out not to converge.

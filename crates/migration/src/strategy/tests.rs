@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::{
     Allowed, CompressionSetting, Decision, GAIN_MIN_PERCENT, Observed, PassSeen, Plan,
     PostcopyBegin, Rejection, Rung, Situation, Step, Strategy, ThrottleSetting, plan, replan,
+    replan_measured,
 };
 use crate::forecast::Convergence;
 use crate::forecast::facts::{
@@ -181,7 +182,7 @@ fn postcopy_is_taken_where_it_is_allowed() {
         assert_eq!(plan.strategy.rung, Rung::Postcopy);
         assert!(plan.will_do);
         let postcopy = plan.strategy.postcopy.unwrap();
-        assert_eq!(postcopy.begin, PostcopyBegin::AfterFirstPass);
+        assert_eq!(postcopy.begin, PostcopyBegin::AtOnce);
         assert!(postcopy.preempt);
         assert_eq!((plan.strategy.channels, plan.strategy.compression), (None, None));
         assert!(plan.forecast.postcopy.is_some());
@@ -459,7 +460,10 @@ fn what_goes_well_is_let_alone() {
     assert_eq!(asked(&seen(&plan, &[])), None);
     assert_eq!(asked(&seen(&plan, &[100, 98, 99])), None, "too few passes to tell");
     assert_eq!(asked(&seen(&plan, &[400, 200, 100, 50, 25])), None);
-    assert_eq!(asked(&Observed { aim_ms: 8, ..seen(&plan, STALLED) }), None, "the aim still grows");
+    let small: Vec<u64> = STALLED.iter().map(|rest| rest / 5).collect();
+    assert_eq!(asked(&Observed { aim_ms: 8, ..seen(&plan, &small) }), None, "the aim still grows");
+    let aim_in_vain = Observed { aim_ms: 8, ..seen(&plan, STALLED) };
+    assert!(asked(&aim_in_vain).is_some(), "300 ms would not reach");
     assert_eq!(asked(&Observed { past_choice: true, ..seen(&plan, STALLED) }), None);
     assert!(asked(&seen(&plan, STALLED)).is_some());
 }
@@ -510,6 +514,70 @@ fn postcopy_that_was_made_ready_is_begun_and_one_that_waits_for_an_order_is_not(
     let step_up = replan(&seen(&plan, STALLED), &plan.forecast, &bare, &allowed).unwrap();
     assert_eq!((step_up.step, step_up.strategy), (Step::Nothing, bare));
     assert_eq!(step_up.decision.rejected.len(), 4);
+}
+
+#[test]
+fn what_no_pause_can_hold_is_not_waited_for() {
+    let world = World::new(0, 0).asking(json!({"postcopy": {}}));
+    let plan = world.plan();
+    let allowed = Allowed::of(&world.policy, &world.options);
+    let mut seen = seen(&plan, &[870, 860]);
+    (seen.aim_ms, seen.dirty_bytes_per_s) = (2, 115e6);
+    let step_up = replan(&seen, &plan.forecast, &plan.strategy, &allowed).unwrap();
+    let rejected = step_up.decision.rejected;
+    assert_eq!((step_up.step, rejected[0].what.as_str()), (Step::Postcopy, "a longer pause"));
+}
+
+#[test]
+fn a_guest_that_turns_out_to_write_too_much_is_helped_in_the_first_pass() {
+    let step = |written: &World, world: &World| {
+        // Begun as one that writes nothing, which is what is assumed where nothing was measured.
+        let Plan { strategy, .. } = World {
+            facts: Measurements { dirty: DirtyMeasure::default(), ..world.facts.clone() },
+            ..World::new(0, 0)
+        }
+        .asking(serde_json::to_value(&world.options).unwrap())
+        .plan();
+        let allowed = Allowed::of(&world.policy, &world.options);
+        replan_measured(&written.facts, &EngineCosts::default(), &strategy, &allowed)
+    };
+    let (plain, postcopy) = (World::new(0, 0), World::new(0, 0).asking(json!({"postcopy": {}})));
+    for (mb_per_s, set_mb, world, expected) in [
+        (10, 100, &postcopy, None),
+        (250, 900, &postcopy, Some(Step::Postcopy)),
+        (250, 300, &postcopy, Some(Step::PostcopyAfterPass)),
+        (250, 900, &plain, Some(Step::Throttle { throttle: ThrottleSetting::STANDARD })),
+    ] {
+        let step_up = step(&World::new(mb_per_s, set_mb), world);
+        assert_eq!(step_up.as_ref().map(|up| up.step), expected, "{mb_per_s} {set_mb}");
+        if let Some(step_up) = step_up {
+            assert!(step_up.decision.measured.contains("250 MB/s"), "{}", step_up.decision);
+            assert!(step_up.strategy.rung >= Rung::Postcopy);
+        }
+    }
+    let never = World::new(0, 0)
+        .under("no-postcopy")
+        .asking(json!({"timeout": {"seconds": 60, "then": "suspend"}}));
+    assert!(
+        step(&World::new(250, 900), &never).is_none(),
+        "who gives a timeout is not helped otherwise"
+    );
+}
+
+#[test]
+fn postcopy_waits_for_a_first_pass_only_where_that_is_worth_it() {
+    let begin = |world: World| {
+        world.asking(json!({"postcopy": {}})).plan().strategy.postcopy.unwrap().begin
+    };
+    assert_eq!(begin(World::new(250, 900)), PostcopyBegin::AtOnce);
+    assert_eq!(begin(World::new(250, 300)), PostcopyBegin::AfterFirstPass);
+    let asked = World::new(250, 900).asking(json!({"postcopy": {"after_precopy": true}})).plan();
+    assert_eq!(asked.strategy.postcopy.unwrap().begin, PostcopyBegin::AfterFirstPass);
+    // It then takes little more than the memory does.
+    let plan = World::new(250, 900).asking(json!({"postcopy": {}})).plan();
+    let on_link_ms = GIB as f64 / 117_000.0;
+    assert!(plan.forecast.total_ms.unwrap() < on_link_ms * 1.2, "{:?}", plan.forecast);
+    assert!(asked.forecast.total_ms.unwrap() > on_link_ms * 1.5);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The TCP sockets of a QEMU, seen and cut from outside: for when it can not be asked.
+//! The TCP sockets of a QEMU, seen, tuned and cut from outside: for what it can not be asked.
 //!
 //! While QEMU (7.2, 10.0) waits for its peer's part of a TLS handshake, or writes the last of a
 //! guest to a peer that does not read, it does nothing else: no command is answered, and its guest
@@ -7,13 +7,19 @@
 //! (`pidfd_getfd`, 5.6); QEMU then fails the migration within milliseconds, as with a lost network.
 //! A cancel of 7.2 that waits for a connection to come about is ended by it, too.
 //!
+//! The same way leads to what QEMU sets no option for: how much may wait in a connection that has not
+//! been sent. A stream that is faster than the link fills Linux's send buffer with several megabytes, and
+//! QEMU takes these for sent: on 1 Gbit/s the guest stood still for 20 ms until they were gone.
+//!
 //! `/proc/PID/fd` names a process's sockets by inode. `/proc/PID/net/tcp` has all of its network
 //! namespace: the second and third columns are the local and the remote `address:port` in
 //! hexadecimal, the fourth the state, the tenth the inode.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
+use nix::sys::socket::SetSockOpt as _;
+use nix::{setsockopt_impl, sockopt_impl};
 use rustix::fs::fstat;
 use rustix::net::Shutdown;
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
@@ -22,6 +28,15 @@ use super::Process;
 
 /// The state of a socket that listens.
 const LISTEN: &str = "0A";
+
+sockopt_impl!(
+    /// How many bytes may wait in a connection before they are sent (tcp(7); Linux 3.12).
+    NotSentLowWater,
+    SetOnly,
+    libc::IPPROTO_TCP,
+    libc::TCP_NOTSENT_LOWAT,
+    u32
+);
 
 /// One line of the kernel's table.
 struct Connection {
@@ -62,8 +77,35 @@ impl Process {
     ///
     /// Where the kernel does not tell or not allow it; some may have been shut down.
     pub fn cut(&self, remote_port: u16) -> io::Result<usize> {
+        let connections = self.connections_to(remote_port)?;
+        for socket in &connections {
+            match rustix::net::shutdown(socket, Shutdown::Both) {
+                Ok(()) | Err(rustix::io::Errno::NOTCONN) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(connections.len())
+    }
+
+    /// Lets no more than about so many bytes wait in each of its TCP connections to a remote port that have
+    /// not been sent; tells how many connections there were. What is sent and not acknowledged is not counted,
+    /// so a long way is filled as before.
+    ///
+    /// # Errors
+    ///
+    /// As [`Process::cut`].
+    pub fn shorten_queues(&self, remote_port: u16, bytes: u32) -> io::Result<usize> {
+        let connections = self.connections_to(remote_port)?;
+        for socket in &connections {
+            NotSentLowWater.set(socket, &bytes)?;
+        }
+        Ok(connections.len())
+    }
+
+    /// Its TCP connections to a remote port, those that are still being made included.
+    fn connections_to(&self, remote_port: u16) -> io::Result<Vec<OwnedFd>> {
         let table = table(self.identity.pid)?;
-        let mut cut = 0;
+        let mut connections = Vec::new();
         for (number, inode) in sockets(self.identity.pid)? {
             let is_it = |connection: &Connection| {
                 connection.inode == inode
@@ -76,13 +118,10 @@ impl Process {
             let socket = pidfd_getfd(&self.pidfd, number, PidfdGetfdFlags::empty())?;
             // The number may have been given again meanwhile.
             if fstat(&socket)?.st_ino == inode {
-                match rustix::net::shutdown(&socket, Shutdown::Both) {
-                    Ok(()) | Err(rustix::io::Errno::NOTCONN) => cut += 1,
-                    Err(error) => return Err(error.into()),
-                }
+                connections.push(socket);
             }
         }
-        Ok(cut)
+        Ok(connections)
     }
 }
 
@@ -128,7 +167,7 @@ fn connection(line: &str) -> Option<Connection> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{Read as _, Write as _};
     use std::net::{TcpListener, TcpStream};
     use std::path::Path;
 
@@ -153,6 +192,26 @@ mod tests {
         assert_eq!(near.read(&mut [0]).unwrap(), 0);
         assert_eq!(far.read(&mut [0]).unwrap(), 0);
         assert!(own.listens().unwrap(), "what listens stays");
+    }
+
+    #[tokio::test]
+    async fn a_short_queue_takes_less_than_linux_would() {
+        let own = this_process();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut taken = [0, 0];
+        for (short, taken) in [false, true].into_iter().zip(&mut taken) {
+            let mut near = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            let _reads_nothing = listener.accept().unwrap().0;
+            if short {
+                assert_eq!(own.shorten_queues(port, 4096).unwrap(), 1);
+            }
+            near.set_nonblocking(true).unwrap();
+            while let Ok(bytes) = near.write(&[0; 4096]) {
+                *taken += bytes;
+            }
+        }
+        assert!(taken[1] < taken[0], "{taken:?}");
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use whimbrel_api::agent::{OutgoingReport, OutgoingRequest};
 use whimbrel_api::error::chain;
 use whimbrel_api::migration::{
@@ -25,7 +25,7 @@ use whimbrel_migration::strategy::{
     Allowed, Observed, PASSES_KEPT, PassSeen, Rung, Step, StepUp, replan,
 };
 use whimbrel_qemu::migrate::outgoing::Control;
-use whimbrel_qemu::migrate::{LiveChange, Statistics};
+use whimbrel_qemu::migrate::{LiveChange, MigrationStatus, Statistics};
 use whimbrel_qemu::qmp::QmpError;
 
 use super::Departure;
@@ -37,6 +37,13 @@ use crate::migrate::settings::{change, throttle};
 
 /// How long nothing of a guest may be sent that is held for it, in seconds; longer than a connection may take to be made.
 const HELD_STILL_SECONDS: u64 = 8;
+
+/// How long what waits in a connection may take to be sent, in milliseconds: it is a part of the pause, for QEMU takes for
+/// sent what Linux has taken from it.
+const QUEUE_MS: u64 = 2;
+/// Bounds of that, in bytes: less costs throughput, more is more than Linux lets wait by itself.
+const QUEUE_BYTES_MIN: u64 = 64 << 10;
+const QUEUE_BYTES_MAX: u64 = 4 << 20;
 
 /// What QEMU is told on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +75,8 @@ pub(super) struct Steering {
     past_choice: bool,
     /// Nothing more is allowed; asked again only when something is set by hand.
     exhausted: bool,
+    /// What may wait in each connection, in bytes, once that was told.
+    queue_bytes: Option<u32>,
 }
 
 impl Steering {
@@ -82,7 +91,17 @@ impl Steering {
             control: watch::Sender::new(None),
             past_choice: request.strategy.stop_first,
             exhausted: false,
+            queue_bytes: None,
         }
+    }
+
+    /// What may wait in each connection, in bytes, at the rate that is seen, or foretold as long as none is.
+    fn fitting_queue(&self, statistics: &Statistics) -> u32 {
+        let seen = statistics.ram.mbps.map(|mbps| mbps * 1e6 / 8.0).filter(|rate| *rate > 0.0);
+        let rate = seen.unwrap_or(self.expected.wire_bytes_per_s);
+        let channels = u64::from(self.strategy.channels.unwrap_or(1).max(1));
+        let bytes = rate as u64 * QUEUE_MS / 1_000 / channels;
+        u32::try_from(bytes.clamp(QUEUE_BYTES_MIN, QUEUE_BYTES_MAX)).unwrap_or(u32::MAX)
     }
 
     /// Where a copy puts its handle, once QEMU can be told.
@@ -110,23 +129,22 @@ impl Steering {
             self.passes.remove(0);
         }
         self.passes.push(PassSeen { pass, rest_bytes });
-        if pass > 1 && self.begins_after_first_pass() {
+        let begin = self.strategy.postcopy.map(|postcopy| postcopy.begin);
+        if pass > 1 && begin == Some(PostcopyBegin::AfterFirstPass) {
             return Some(self.by(
                 Step::Postcopy,
                 "the first pass is made",
-                "post-copy, as was asked for",
+                "post-copy, as planned",
             ));
+        }
+        if begin == Some(PostcopyBegin::AtOnce) {
+            return Some(self.by(Step::Postcopy, "memory goes", "post-copy, as planned"));
         }
         if self.exhausted {
             return None;
         }
         let seen = self.observed(statistics);
         replan(&seen, &self.expected, &self.strategy, &self.allowed)
-    }
-
-    fn begins_after_first_pass(&self) -> bool {
-        let begin = self.strategy.postcopy.map(|postcopy| postcopy.begin);
-        begin == Some(PostcopyBegin::AfterFirstPass)
     }
 
     fn observed(&self, statistics: &Statistics) -> Observed {
@@ -143,6 +161,11 @@ impl Steering {
                 .unwrap_or(0),
             past_choice: self.past_choice,
         }
+    }
+
+    /// How the copy goes, and what may be done about it.
+    pub(super) fn chosen(&self) -> (&Strategy, &Allowed) {
+        (&self.strategy, &self.allowed)
     }
 
     /// What the clock asks for.
@@ -215,12 +238,33 @@ impl Departure {
             phase = report.phase;
         });
         self.samples.add(statistics, phase);
+        self.shorten_queues(statistics);
         if self.copying.is_some()
             && let Some(step) = self.steering.look(statistics)
         {
             self.take_step(step);
         }
         self.look_after_postcopy(statistics);
+    }
+
+    /// Once memory goes, all connections are there; later the rate may turn out to be another.
+    fn shorten_queues(&mut self, statistics: &Statistics) {
+        let goes = statistics.status == MigrationStatus::Active;
+        let Some(guest) = self.guest.as_ref().filter(|_| goes) else { return };
+        let bytes = self.steering.fitting_queue(statistics);
+        let fits = |told: u32| bytes <= told.saturating_mul(2) && told <= bytes.saturating_mul(2);
+        if self.steering.queue_bytes.is_some_and(fits) {
+            return;
+        }
+        self.steering.queue_bytes = Some(bytes);
+        match guest.qemu.process.shorten_queues(self.settings.to.port(), bytes) {
+            Ok(connections) => {
+                debug!(migration = %self.id, bytes, connections, "no more may wait in a connection");
+            }
+            Err(error) => {
+                warn!(migration = %self.id, %error, "the pause may be longer than it had to be")
+            }
+        }
     }
 
     /// Looks at the clock.
@@ -247,8 +291,13 @@ impl Departure {
         self.copying.is_some() && self.steering.handle().is_some() && self.pause.completed.is_none()
     }
 
+    /// Whether a step can still be taken.
+    pub(super) fn may_step(&self) -> bool {
+        self.copies() && !self.steering.past_choice
+    }
+
     /// Takes a step up the ladder, and tells it.
-    fn take_step(&mut self, StepUp { step, strategy, decision }: StepUp) {
+    pub(super) fn take_step(&mut self, StepUp { step, strategy, decision }: StepUp) {
         info!(migration = %self.id, %decision, "the way of the copy is changed");
         self.steering.passes.clear();
         match step {
@@ -261,6 +310,8 @@ impl Departure {
                 self.change(LiveChange { throttle, ..LiveChange::default() });
             }
             Step::Postcopy => self.begin_postcopy(),
+            // Once it is made: the strategy says so.
+            Step::PostcopyAfterPass => {}
             Step::Stop => self.stop_guest(),
             Step::Nothing => self.steering.exhausted = true,
         }
