@@ -185,6 +185,7 @@ fn vm_facts(mobility: &Mobility) -> Result<VmFacts, ApiError> {
         name: definition.name.clone(),
         state,
         memory_bytes: definition.memory_bytes,
+        saved_mapped: definition.saved.as_ref().is_some_and(|saved| saved.mapped),
         engine: version.parse().map_err(|_| not_understood("version of QEMU", version))?,
         accelerator: accelerator_of(accelerator)?,
         machine_type: definition.machine.clone(),
@@ -222,6 +223,7 @@ fn host_facts(report: &HostReport, enabled: bool) -> Result<HostFacts, ApiError>
             accelerators: BTreeSet::from([accelerator_of(&engine.accelerator)?]),
             machine_types: engine.machines.iter().cloned().collect(),
             cpu_models: engine.cpu_models.iter().cloned().collect(),
+            maps_memory: engine.abilities.as_ref().is_some_and(|able| able.can("mapped-ram")),
         })
     };
     Ok(HostFacts {

@@ -64,6 +64,8 @@ pub struct EngineFacts {
     pub machine_types: BTreeSet<String>,
     /// The CPU models that it knows.
     pub cpu_models: BTreeSet<String>,
+    /// Whether it can restore a state in which each page of memory has its place.
+    pub maps_memory: bool,
 }
 
 /// What runs the guest's instructions.
@@ -157,6 +159,8 @@ pub struct VmFacts {
     pub state: GuestState,
     /// Its memory in bytes.
     pub memory_bytes: u64,
+    /// Whether its state is saved, with a place for each page of memory.
+    pub saved_mapped: bool,
     /// The QEMU that runs it.
     pub engine: EngineVersion,
     /// What runs its instructions.

@@ -97,6 +97,8 @@ codes! {
     MachineTypeMissing = "machine-type-missing",
     /// No suitable QEMU there knows the VM's CPU model.
     CpuModelMissing = "cpu-model-missing",
+    /// No suitable QEMU there can restore the VM's saved state.
+    SavedStateLayout = "saved-state-layout",
     /// The guest sees processor features that the destination does not have.
     CpuFeatures = "cpu-features",
     /// The destination's QEMU is older than the one that runs the VM.
@@ -313,7 +315,7 @@ struct EngineNeed {
     remedy: String,
 }
 
-fn engine_needs(vm: &VmFacts) -> [EngineNeed; 3] {
+fn engine_needs(vm: &VmFacts) -> [EngineNeed; 4] {
     let install = match vm.state {
         GuestState::Running | GuestState::Paused => {
             format!("install there QEMU {}, which runs the VM now", vm.engine)
@@ -338,6 +340,14 @@ fn engine_needs(vm: &VmFacts) -> [EngineNeed; 3] {
             what: format!("CPU model {}", vm.cpu_model),
             met_by: |vm, engine| engine.cpu_models.contains(&vm.cpu_model),
             remedy: install,
+        },
+        // Mapped memory (`mapped-ram`) came with QEMU 9.0: 10.0.2 writes it, 7.2.22 cannot read it.
+        EngineNeed {
+            code: Code::SavedStateLayout,
+            what: "the saved state, in which each page has its place,".into(),
+            met_by: |vm, engine| engine.maps_memory || !vm.saved_mapped,
+            remedy: "restore the VM where it is (`whimbrel vm restore`) and migrate it running"
+                .into(),
         },
     ]
 }

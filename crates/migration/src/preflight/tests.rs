@@ -25,6 +25,7 @@ fn good() -> Question {
             name: name("web01"),
             state: GuestState::Running,
             memory_bytes: GIB,
+            saved_mapped: false,
             engine: "7.2.22".parse().unwrap(),
             accelerator: Accelerator::Tcg,
             machine_type: "pc-q35-7.2".into(),
@@ -52,6 +53,7 @@ fn good() -> Question {
                 accelerators: [Accelerator::Tcg].into(),
                 machine_types: set(&["pc-q35-7.2", "pc-q35-7.1"]),
                 cpu_models: set(&["qemu64"]),
+                maps_memory: false,
             }],
             cpu_features: set(&["sse2", "cx16", "avx"]),
             memory_total_bytes: 8 * GIB,
@@ -132,6 +134,11 @@ fn spoils() -> Vec<(Code, Spoil, &'static [&'static str])> {
                 };
             },
             &["10.0.0.2:7402", "connection refused"],
+        ),
+        (
+            Code::SavedStateLayout,
+            |q| q.vm.saved_mapped = true,
+            &["7.2.22", "host-b", "saved state"],
         ),
         (
             Code::AddressNotItsOwn,
@@ -268,7 +275,7 @@ proptest! {
         ];
         let engine = [
             Code::EngineMissing, Code::AcceleratorMissing, Code::MachineTypeMissing,
-            Code::CpuModelMissing, Code::EngineOlder,
+            Code::CpuModelMissing, Code::SavedStateLayout, Code::EngineOlder,
         ];
         for chain in [&reach[..], &engine[..]] {
             let last_or_first = if chain == &reach[..] {
@@ -293,6 +300,17 @@ proptest! {
         let after = refuses(&check(&question));
         prop_assert!(before || !after);
     }
+}
+
+#[test]
+fn a_saved_state_goes_only_where_it_can_be_restored() {
+    let mut question = good();
+    question.mode = Mode::Offline;
+    question.vm.state = GuestState::Stopped;
+    question.vm.saved_mapped = true;
+    assert_eq!(codes_of(&check(&question)), [Code::SavedStateLayout]);
+    question.destination.engines[0].maps_memory = true;
+    assert_eq!(check(&question), []);
 }
 
 #[test]
