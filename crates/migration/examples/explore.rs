@@ -1,9 +1,10 @@
 //! Explores the handoff further than the test does, and shows what was explored and which
 //! invariant caught each planted bug.
 //!
-//! `cargo run -p whimbrel-migration --release --example explore [TRIES [FAULTS [COPIES [OPERATOR]]]]`: how many
-//! migrations and how many faults happen in a run, whether guests are sent by `precopy` or `postcopy`, and
-//! whether hosts lose their power and a `truthful` or a `lying` operator takes their VMs back. By default 2 and 2
+//! `cargo run -p whimbrel-migration --release --example explore [TRIES [FAULTS [COPIES [OPERATOR [DISKS]]]]]`: how
+//! many migrations and how many faults happen in a run, whether guests are sent by `precopy` or `postcopy`,
+//! whether hosts lose their power and a `truthful` or a `lying` operator takes their VMs back (else `absent`), and
+//! whether disks are `shared` or `copied`. By default 2 and 2
 //! by pre-copy, in both orders in which a driver may carry out what follows from an answer; 1 and 3; 2 and 1
 //! by post-copy; and with operators.
 #![allow(clippy::print_stdout, dead_code, unreachable_pub, missing_docs)] // a command for people
@@ -31,10 +32,16 @@ fn main() {
                 & explore(Handoff { operator: truthful, ..Handoff::new(2, 1, None) })
                 & explore(Handoff { operator: truthful, ..Handoff::postcopy(1, 2, None) })
                 & explore(Handoff { operator: lying, ..Handoff::postcopy(1, 1, None) })
+                & explore(Handoff::disks(2, 1, None))
+                & explore(Handoff { disks: true, ..Handoff::postcopy(1, 2, None) })
+                & explore(Handoff { operator: truthful, ..Handoff::disks(1, 2, None) })
+                & explore(Handoff { operator: lying, ..Handoff::disks(1, 1, None) })
         }
         Some(model) => explore(model),
         None => {
-            println!("usage: explore [TRIES [FAULTS [precopy|postcopy [truthful|lying]]]]");
+            println!(
+                "usage: explore [TRIES [FAULTS [precopy|postcopy [absent|truthful|lying [shared|copied]]]]]"
+            );
             false
         }
     };
@@ -45,11 +52,12 @@ fn main() {
 }
 
 fn asked(words: &[&str]) -> Option<Handoff> {
-    let (tries, faults, copies, operator) = match *words {
-        [tries] => (tries, "1", "precopy", "absent"),
-        [tries, faults] => (tries, faults, "precopy", "absent"),
-        [tries, faults, copies] => (tries, faults, copies, "absent"),
-        [tries, faults, copies, operator] => (tries, faults, copies, operator),
+    let mut said = ["", "1", "precopy", "absent", "shared"];
+    said.get_mut(..words.len())?.copy_from_slice(words);
+    let [tries, faults, copies, operator, disks] = said;
+    let disks = match disks {
+        "shared" => false,
+        "copied" => true,
         _ => return None,
     };
     let operator = match operator {
@@ -64,16 +72,17 @@ fn asked(words: &[&str]) -> Option<Handoff> {
         _ => return None,
     };
     let model = Handoff::new(tries.parse().ok()?, faults.parse().ok()?, None);
-    Some(Handoff { copies, operator, ..model })
+    Some(Handoff { copies, operator, disks, ..model })
 }
 
 fn explore(model: Handoff) -> bool {
     let begun = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let Handoff { tries, faults, answers_first, copies, operator, .. } = model;
+    let Handoff { tries, faults, answers_first, copies, operator, disks, .. } = model;
     let checker = model.checker().threads(threads).spawn_bfs().join();
     println!(
-        "{tries} migrations by {copies:?}, {faults} faults, operator {operator:?}, answers {}: {} states, {} unique, depth {}, {:.1} s",
+        "{tries} migrations by {copies:?}, {faults} faults, operator {operator:?}, disks {}, answers {}: {} states, {} unique, depth {}, {:.1} s",
+        if disks { "copied" } else { "shared" },
         if answers_first { "first" } else { "last" },
         checker.state_count(),
         checker.unique_state_count(),

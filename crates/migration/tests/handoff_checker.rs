@@ -34,6 +34,34 @@ fn no_invariant_fails_in_post_copy() {
 }
 
 #[test]
+fn no_invariant_fails_with_disks_that_are_copied() {
+    let (precopy, postcopy) = (Copies::Precopy, Copies::Postcopy);
+    for (copies, operator, tries, faults) in [
+        (precopy, Operator::Absent, 2, 0),
+        (precopy, Operator::Absent, 1, 2),
+        (postcopy, Operator::Absent, 1, 1),
+        (postcopy, Operator::Truthful, 1, 1),
+        (precopy, Operator::Lying, 1, 1),
+    ] {
+        let model = Handoff { copies, operator, ..Handoff::disks(tries, faults, None) };
+        let checker = model.checker().threads(THREADS).spawn_bfs().join();
+        checker.assert_properties();
+        assert!(checker.unique_state_count() > 5_000, "the model has shrunk to nothing");
+    }
+}
+
+#[test]
+fn a_source_that_is_told_of_no_disks_keeps_the_vm() {
+    let model = Handoff { unaware: true, ..Handoff::disks(1, 1, None) };
+    let checker = model.checker().threads(THREADS).spawn_bfs().join();
+    for property in checker.model().properties() {
+        let found = checker.discovery(property.name);
+        let failed = found.is_some() && property.expectation == stateright::Expectation::Always;
+        assert!(!failed, "{}: {found:?}", property.name);
+    }
+}
+
+#[test]
 fn no_invariant_fails_when_an_operator_takes_a_vm_back() {
     for (operator, copies) in
         [(Operator::Truthful, Copies::Postcopy), (Operator::Lying, Copies::Postcopy)]

@@ -57,6 +57,8 @@ pub struct Destination {
     maybe_owned: bool,
     /// Part of the memory is still with the source's QEMU.
     lacks: bool,
+    /// Disks are copied along, and the source has not said yet that they are settled.
+    unsettled: bool,
     state: State,
 }
 
@@ -127,7 +129,17 @@ impl Destination {
     fn new(claim: Claim, from: Name, state: State) -> Self {
         let intent = Intent::Pause;
         let (gone, expected, maybe_owned, lacks) = (false, false, false, false);
-        Self { claim, from, intent, gone, expected, maybe_owned, lacks, state }
+        let unsettled = false;
+        Self { claim, from, intent, gone, expected, maybe_owned, lacks, unsettled, state }
+    }
+
+    /// The same, with disks that are copied along. To be said once, right after `offer` and right after
+    /// [`super::recover`]; the driver knows it by the request that it was given, which is in its ledger.
+    #[must_use]
+    pub const fn with_disks(mut self) -> Self {
+        // Whoever has taken the VM has heard of it.
+        self.unsettled = self.may_abandon();
+        self
     }
 
     /// Rebuilds the destination of an open migration after a restart of its agent.
@@ -265,7 +277,20 @@ impl Destination {
 
     fn ready(&mut self) -> Vec<Action> {
         self.state = State::Ready;
-        vec![self.send(Body::Loaded)]
+        // The state without its disks is not the whole state.
+        if self.unsettled { Vec::new() } else { vec![self.send(Body::Loaded)] }
+    }
+
+    /// Nothing more comes to our exports: they can be closed while the rest of the state arrives.
+    fn settled(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if std::mem::take(&mut self.unsettled) {
+            actions.push(Action::CloseExports);
+        }
+        if self.state == State::Ready {
+            actions.push(self.send(Body::Loaded));
+        }
+        actions
     }
 
     fn persisted(&mut self) -> Vec<Action> {
@@ -319,13 +344,14 @@ impl Destination {
 
     fn receive(&mut self, body: Body) -> Vec<Action> {
         match (&self.state, body) {
-            (State::Ready, Body::AskLoaded) => vec![self.send(Body::Loaded)],
-            (State::Ready, Body::Go { intent }) => {
+            (State::Preparing | State::Ready, Body::DisksSettled) => self.settled(),
+            (State::Ready, Body::AskLoaded) if !self.unsettled => vec![self.send(Body::Loaded)],
+            (State::Ready, Body::Go { intent }) if !self.unsettled => {
                 self.intent = intent;
                 self.state = State::Sealing;
                 vec![Action::CloseListeners]
             }
-            (State::Owner | State::Fetching { .. }, Body::Go { .. }) => {
+            (State::Owner | State::Fetching { .. }, Body::Go { .. } | Body::DisksSettled) => {
                 vec![self.send(Body::Owned)]
             }
             (State::Owner, Body::AskFetched | Body::Lost) => vec![self.send(Body::Fetched)],
@@ -336,7 +362,7 @@ impl Destination {
             (_, Body::Abandon) if self.may_abandon() => self.refuse(ABANDONED),
             (
                 State::Refusing { told: true, .. },
-                Body::AskLoaded | Body::Go { .. } | Body::Abandon,
+                Body::AskLoaded | Body::DisksSettled | Body::Go { .. } | Body::Abandon,
             ) => {
                 vec![self.send(Body::Refused)]
             }

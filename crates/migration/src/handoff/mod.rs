@@ -79,6 +79,32 @@
 //! - If B's host is gone for good, A keeps serving, tells the operator, and waits.
 //! - The rest may have come before the guest runs; then all is as without post-copy.
 //!
+//! # With disks that are copied
+//! Where source and destination have storages of their own, disks are mirrored while the guest runs. What is on the
+//! destination's disks counts from the moment that the guest stands still, and then it must be *all*: each mirror ended,
+//! its last error read, everything flushed. Such disks are **settled**, as long as the guest does not run again at A.
+//! ```text
+//!   AtSwitchover                                 (QEMU waits; the guest stands still)
+//!     SettleDisks
+//!   DisksSettled
+//!     Send DisksSettled           ------------>  CloseExports
+//!     FinishCopy
+//!   Completed -> Send DisksSettled  ---------->  Loaded, and the disks are settled
+//!   Receive Loaded                <------------    Send Loaded
+//!   ...                                          ... Go: CloseListeners, Persist Owned, ContinueGuest
+//! ```
+//! - **Before the stream's end**, because QEMU gives its disks up with it: a mirror that still writes then fails, or takes
+//!   QEMU with it. A stream that ends without its disks is no move: A gives it up.
+//! - **B's `Loaded` covers the disks.** A B that expects disks and was never told of them holds no whole state, whatever its
+//!   source believes, and takes no GO. (The machines are told by their drivers: [`Source::with_disks`],
+//!   [`Destination::with_disks`].)
+//! - Nothing else changes: the gate, the records and the doubt are the same. In post-copy, too: the disks are whole before
+//!   the guest runs at B, only its memory is not. Its driver begins post-copy once every mirror is ready.
+//! - **Files go by the record alone**: A's originals once `Gone` is on its disk, B's copies once `Refused` is
+//!   ([`fate_of_originals`], [`fate_of_copies`]). What a driver remembers, and what became of a QEMU, deletes nothing.
+//! - An operator's `Reclaim` starts the VM from A's disks, which are as they were at the release: what the guest wrote at B
+//!   is at B alone, so those files are put aside and never deleted.
+//!
 //! # In doubt
 //! Once `Released` may be on its disk, A does not run the guest again unless B has refused: it
 //! sends GO again at every `Tick`. B answers `Owned`, or `Refused`, which is true for ever because
@@ -111,6 +137,8 @@
 //!  Post-copy: Copying -- StateSent --> Confirming, and while memory is still to be sent
 //!             InDoubt -- Owned --> Serving -- Completed, or Fetched: quit --> Retiring
 //!
+//!  Disks: Copying -- AtSwitchover, DisksSettled --> Copying, and Completed leads on only then
+//!
 //!  By an operator's word: InDoubt, Serving -- Reclaim: quit --> Discarding -- QemuGone --> TakingBack
 //!             TakingBack -- Persisted Owned{6} --> Stayed, crashed.  Discarding -- Owned, Fetched --> as before
 //! ```
@@ -133,6 +161,8 @@
 //!
 //!  Post-copy: Preparing -- StateLoaded --> Ready, and if memory is still to come when GO is taken
 //!             Starting -- Continued --> Fetching -- Loaded, or QemuGone; Persisted --> Owner
+//!
+//!  Disks: Ready says `Loaded` and takes Go only after the source has said `DisksSettled`
 //! ```
 //!
 //! # Taken back by an operator
@@ -169,12 +199,15 @@
 //! |---|---|---|
 //! | `Persist(record)` | writes the record under the key (vm, migration), replacing that key's older one, and fsyncs | `Persisted` or `PersistFailed` |
 //! | `Send(message)` | sends it to the peer by any path; does not wait, does not care | – |
-//! | `BeginCopy` (A) | starts QEMU's migration; reports `Completed` when QEMU says `completed` **and** `query-status` says `postmigrate` and all mirror jobs are concluded without error; with post-copy `StateSent` before that (see below); any failure or deadline is `Fail` | – |
-//! | `StopCopy` (A, or the owner after a restart) | cancels QEMU's migration if one is active and waits for its end; no-op otherwise. A post-copy needs more than a cancel, see below | – |
+//! | `BeginCopy` (A) | starts the mirrors, if disks are copied, and QEMU's migration; with disks reports `AtSwitchover` when QEMU waits at `pre-switchover` with the guest stopped, and goes no further by itself; reports `Completed` when QEMU says `completed` **and** `query-status` says `postmigrate`; with post-copy `StateSent` before that (see below); any failure or deadline, of a mirror too, is `Fail` | – |
+//! | `SettleDisks` (A) | ends every mirror without a pivot, waits until each has concluded, reads its error, and sees that source and target are of one size; it takes time, and so is no answer: reports `DisksSettled`, or `Fail` | – |
+//! | `FinishCopy` (A) | lets QEMU send the rest (`migrate-continue`) | – |
+//! | `StopCopy` (A, or the owner after a restart) | cancels QEMU's migration if one is active and waits for its end; no-op otherwise. Cancels every mirror by force, also one that only QEMU remembers, and waits for no network: a mirror whose far end is gone may hold the guest's writes. A post-copy needs more than a cancel, see below | – |
 //! | `ResumeGuest` (A, or the owner after a restart, B included while it fetches) | `cont` unless the guest runs already; tries again until it works or QEMU is gone, and tells the operator meanwhile | – |
 //! | `QuitSource` (A) | ends the source's QEMU, quit then kill; disks stay | – |
-//! | `StartTarget` (B) | starts QEMU with `-S -incoming defer`, after any older one of this VM is gone; reports `Loaded` when the incoming migration is `completed` and the guest stopped, with post-copy `StateLoaded` before that (see below); any failure is `Abandon` | – |
-//! | `CloseListeners` (B) | stops the NBD server, checks that nothing listens for this VM any more (in post-copy QEMU listens to the end, and drops a second stream) | `ListenersClosed` or `CloseFailed` |
+//! | `StartTarget` (B) | makes the images of copied disks; starts QEMU with `-S -incoming defer`, after any older one of this VM is gone, and lets the source alone write to them; reports `Loaded` when the incoming migration is `completed` and the guest stopped, with post-copy `StateLoaded` before that (see below); any failure is `Abandon` | – |
+//! | `CloseExports` (B) | begins to take the disks' exports and their NBD server down; does not wait, `CloseListeners` does | – |
+//! | `CloseListeners` (B) | takes down the disks' exports and the NBD server, checks that nothing listens for this VM any more (in post-copy QEMU listens to the end, and drops a second stream) | `ListenersClosed` or `CloseFailed` |
 //! | `ContinueGuest` (B) | `cont` | `Continued`; `ContinueFailed` **only** if QEMU answered with an error and says that it is not running; no answer at all: `QemuGone` when it is gone |
 //! | `LookForRest` (B) | asks QEMU, now, whether all memory is here (`completed`), or it lacks some and its stream has ended (`postcopy-paused`, and no new stream is being made) | `Loaded` or `Starved`; nothing where it is neither |
 //! | `KillTarget` (B) | SIGKILL to B's QEMU; does not wait | `QemuGone`, whenever it is gone (at once when there is none) |
@@ -189,7 +222,7 @@
 //! A VM that is stopped passes by the same rules, with no QEMU at either end: the drivers answer
 //! `BeginCopy` with `Completed`, `StartTarget` with `Loaded`, `CloseListeners` with `ListenersClosed`,
 //! `ContinueGuest` with `Continued` and `KillTarget` with `QemuGone`, and write the definition in one
-//! with `Owned`. After a restart nothing is there ([`Observed::Gone`]), so a destination that was only
+//! with `Owned`. (The definition of a VM whose disks were copied names their new places; it is written so, too.) After a restart nothing is there ([`Observed::Gone`]), so a destination that was only
 //! ready refuses, as it may have done before.
 //!
 //! With post-copy the driver owes three proofs more: QEMU's words say less than they seem to.
@@ -225,6 +258,7 @@
 //! the machine where one is needed and says what to do first. What is seen must be true: a QEMU
 //! that does not answer is waited for, or killed and waited for, never guessed.
 
+mod copies;
 mod destination;
 mod record;
 mod source;
@@ -232,6 +266,7 @@ mod supersede;
 #[cfg(test)]
 mod tests;
 
+pub use copies::{CopyFate, fate_of_copies, fate_of_originals};
 pub use destination::{Destination, DestinationInput};
 pub use record::{Claim, Intent, NotAdmitted, Ownership, Standing, current};
 pub use source::{Source, SourceInput};
@@ -268,7 +303,10 @@ pub struct Message {
 pub enum Body {
     /// Source: my QEMU has sent everything; do you hold the whole state, stopped?
     AskLoaded,
-    /// Destination: I hold the whole state, stopped.
+    /// Source: like `AskLoaded`, and the disks that are copied along are settled: what is on yours is what the guest
+    /// last wrote, and nothing more comes. Repeated until answered.
+    DisksSettled,
+    /// Destination: I hold the whole state, stopped; the disks that are copied along belong to it.
     Loaded,
     /// Source: the VM is yours in this epoch. Repeated until answered.
     Go {
@@ -299,10 +337,13 @@ pub enum Action {
     Persist(Ownership),
     Send(Message),
     BeginCopy,
+    SettleDisks,
+    FinishCopy,
     StopCopy,
     ResumeGuest,
     QuitSource,
     StartTarget,
+    CloseExports,
     CloseListeners,
     ContinueGuest,
     LookForRest,
@@ -390,8 +431,10 @@ fn unless_gone(observed: Observed, action: Action) -> Vec<Action> {
 #[must_use]
 pub fn answer(record: Option<&Ownership>, message: &Message) -> Option<Message> {
     let reply = |body| Some(Message { claim: message.claim, body });
-    let asked =
-        matches!(message.body, Body::AskLoaded | Body::Go { .. } | Body::AskFetched | Body::Lost);
+    let asked = matches!(
+        message.body,
+        Body::AskLoaded | Body::DisksSettled | Body::Go { .. } | Body::AskFetched | Body::Lost
+    );
     let Some(record) = record else {
         return if asked { reply(Body::Unknown) } else { None };
     };
@@ -399,11 +442,14 @@ pub fn answer(record: Option<&Ownership>, message: &Message) -> Option<Message> 
         return None;
     }
     match (&record.standing, message.body) {
-        (Standing::Owned | Standing::Fetching { .. }, Body::Go { .. }) => reply(Body::Owned),
-        (Standing::Owned, Body::AskFetched | Body::Lost) => reply(Body::Fetched),
-        (Standing::Refused { .. }, Body::AskLoaded | Body::Go { .. } | Body::Abandon) => {
-            reply(Body::Refused)
+        (Standing::Owned | Standing::Fetching { .. }, Body::Go { .. } | Body::DisksSettled) => {
+            reply(Body::Owned)
         }
+        (Standing::Owned, Body::AskFetched | Body::Lost) => reply(Body::Fetched),
+        (
+            Standing::Refused { .. },
+            Body::AskLoaded | Body::DisksSettled | Body::Go { .. } | Body::Abandon,
+        ) => reply(Body::Refused),
         _ => None,
     }
 }

@@ -15,6 +15,12 @@ pub enum SourceInput {
     Persisted,
     /// The last `Persist` failed. The record may be on the disk all the same.
     PersistFailed,
+    /// The guest stands still at the switchover, and QEMU waits to be told to send the rest ([`Action::FinishCopy`]).
+    /// Needed where disks are copied only; without it the driver lets QEMU go on by itself.
+    AtSwitchover,
+    /// Every copied disk is settled: all of its bytes, and their flush, are at the destination, its job has ended and
+    /// has left no error. The answer to [`Action::SettleDisks`]; what fails in it is a `Fail`.
+    DisksSettled,
     /// Post-copy: QEMU stands still and has certainly sent the guest's state; memory is still to follow.
     StateSent,
     /// QEMU has sent everything and stands still. After `StateSent`: the rest has been sent, too.
@@ -50,6 +56,7 @@ pub struct Source {
     /// Whether the source's QEMU still holds the guest.
     alive: bool,
     rest: Rest,
+    disks: Disks,
     /// Somebody wants the migration to end here and has not been answered: what becomes of the VM is not known
     /// yet, or that it stays is not durable yet.
     cancel_asked: bool,
@@ -65,6 +72,19 @@ enum Rest {
     Here,
     /// Our QEMU has ended, or has ended the stream: nobody will ever send it.
     Lost,
+}
+
+/// The disks that are copied with the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Disks {
+    /// None is.
+    None,
+    /// They are being copied, and the guest writes to ours.
+    Copying,
+    /// The guest stands still, and the last bytes are on their way.
+    Settling,
+    /// What the destination has is what the guest last wrote, as long as the guest stands still.
+    Settled,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -111,6 +131,7 @@ const SOURCE_DIED: &str = "the source's QEMU ended during the copy";
 const REFUSED: &str = "the destination refused the VM";
 const NEVER_PREPARED: &str = "the destination does not know this migration";
 const CANCELLED: &str = "cancelled";
+const UNSETTLED: &str = "the copy of the memory ended before that of the disks";
 const TAKEN_BACK: &str = "taken back by an operator's word; the guest has crashed";
 
 impl Source {
@@ -130,8 +151,17 @@ impl Source {
         let leaving = Standing::Leaving { to: to.clone() };
         let actions = vec![Action::Persist(Ownership::of(claim, current.intent, leaving))];
         let (intent, rest, state) = (current.intent, Rest::None, State::Recording);
-        let (alive, cancel_asked) = (true, false);
-        Ok((Self { claim, to, intent, alive, rest, cancel_asked, state }, actions))
+        let (alive, disks, cancel_asked) = (true, Disks::None, false);
+        Ok((Self { claim, to, intent, alive, rest, disks, cancel_asked, state }, actions))
+    }
+
+    /// The same, with disks that are copied along. To be said once, right after `begin` and right after
+    /// [`super::recover`]; the driver knows it by the request that it was given, which is in its ledger.
+    #[must_use]
+    pub const fn with_disks(mut self) -> Self {
+        // A release was written only once they were settled.
+        self.disks = if self.is_past_release() { Disks::Settled } else { Disks::Copying };
+        self
     }
 
     /// Rebuilds the source of an open migration after a restart of its agent: one that had not
@@ -145,6 +175,7 @@ impl Source {
             intent: record.intent,
             alive,
             rest,
+            disks: Disks::None,
             cancel_asked: false,
             state,
         };
@@ -226,6 +257,8 @@ impl Source {
         match input {
             SourceInput::Persisted => self.persisted(),
             SourceInput::PersistFailed => self.persist_failed(),
+            SourceInput::AtSwitchover => self.at_switchover(),
+            SourceInput::DisksSettled => self.disks_settled(),
             SourceInput::StateSent => self.state_sent(),
             SourceInput::Completed => self.completed(),
             SourceInput::StreamLost if self.is_past_release() => self.lose_rest(),
@@ -291,6 +324,28 @@ impl Source {
         }
     }
 
+    /// Before QEMU sends the rest: it gives the disks up with it, and a mirror that still writes would fail then.
+    fn at_switchover(&mut self) -> Vec<Action> {
+        match (&self.state, self.disks) {
+            (State::Copying { .. }, Disks::Copying) => {
+                self.disks = Disks::Settling;
+                vec![Action::SettleDisks]
+            }
+            (State::Copying { .. }, Disks::None | Disks::Settled) => vec![Action::FinishCopy],
+            _ => Vec::new(),
+        }
+    }
+
+    fn disks_settled(&mut self) -> Vec<Action> {
+        match (&self.state, self.disks) {
+            (State::Copying { .. }, Disks::Settling) => {
+                self.disks = Disks::Settled;
+                vec![self.ask_loaded(), Action::FinishCopy]
+            }
+            _ => Vec::new(),
+        }
+    }
+
     fn state_sent(&mut self) -> Vec<Action> {
         if !matches!(self.state, State::Copying { .. }) {
             return Vec::new();
@@ -312,11 +367,14 @@ impl Source {
 
     /// The destination can hold what it needs to run the guest.
     fn sent(&mut self) -> Vec<Action> {
+        if matches!(self.disks, Disks::Copying | Disks::Settling) {
+            return self.abort(UNSETTLED);
+        }
         if self.state == (State::Copying { loaded: true }) {
             return self.release();
         }
         self.state = State::Confirming;
-        vec![self.send(Body::AskLoaded)]
+        vec![self.ask_loaded()]
     }
 
     fn receive(&mut self, body: Body) -> Vec<Action> {
@@ -356,7 +414,11 @@ impl Source {
 
     fn tick(&mut self) -> Vec<Action> {
         match self.state {
-            State::Confirming => vec![self.send(Body::AskLoaded)],
+            State::Confirming => vec![self.ask_loaded()],
+            // A destination that was restarted has forgotten that the disks are settled.
+            State::InDoubt { .. } if self.disks == Disks::Settled => {
+                vec![self.ask_loaded(), self.go()]
+            }
             State::InDoubt { .. } => vec![self.go()],
             State::Serving => vec![self.ask_fetched()],
             State::Retracting => self.retract(),
@@ -510,6 +572,11 @@ impl Source {
 
     fn ask_fetched(&self) -> Action {
         self.send(if self.rest == Rest::Lost { Body::Lost } else { Body::AskFetched })
+    }
+
+    /// Asks whether the destination holds the whole state, and says that of the disks too once that is true.
+    fn ask_loaded(&self) -> Action {
+        self.send(if self.disks == Disks::Settled { Body::DisksSettled } else { Body::AskLoaded })
     }
 
     fn go(&self) -> Action {

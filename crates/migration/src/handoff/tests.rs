@@ -4,6 +4,7 @@ use super::*;
 use crate::names::{Epoch, MigrationId, Name, VmId};
 use proptest::prelude::*;
 
+mod disks;
 mod postcopy;
 mod reclaim;
 

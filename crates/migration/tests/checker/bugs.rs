@@ -12,7 +12,8 @@ use super::world::{Host, Input, Machine, World, is_released, is_taken, other};
 
 macro_rules! bugs {
     ($($(#[doc = $what:literal])+
-       $bug:ident => ($invariant:expr, $tries:literal, $faults:literal $(, $copies:ident $(, $operator:ident)?)?),)*) => {
+       $bug:ident => ($invariant:expr, $tries:literal, $faults:literal
+            $(, $copies:ident $(, $operator:ident $(, $disks:ident)?)?)?),)*) => {
         /// The rules that can be removed.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Bug {
@@ -36,7 +37,10 @@ macro_rules! bugs {
                     $(Self::$bug => {
                         let [.., copies] = [Copies::Precopy $(, Copies::$copies)?];
                         let [.., operator] = [Operator::Absent $($(, Operator::$operator)?)?];
-                        Handoff { copies, operator, ..Handoff::new($tries, $faults, Some(self)) }
+                        let [.., disks] = ["shared" $($($(, stringify!($disks))?)?)?];
+                        let (disks, unaware) = (disks != "shared", disks == "unaware");
+                        let model = Handoff::new($tries, $faults, Some(self));
+                        Handoff { copies, operator, disks, unaware, ..model }
                     })*
                 }
             }
@@ -162,6 +166,28 @@ bugs! {
     SupersededTwice => (i::EPOCHS, 2, 1, Precopy, Truthful),
     /// Taking back: a guest that runs on the former owner, against the operator's word, is left there.
     LiesNotEnded => (i::ENDS_WELL, 1, 0, Precopy, Lying),
+
+    /// Disks: a mirror that has ended is taken for one that has ended well.
+    MirrorErrorUnread => (i::ACKED_WRITES, 1, 0, Precopy, Absent, copied),
+    /// Disks: the mirrors are ended before the guest stands still.
+    SettledWhileRunning => (i::ACKED_WRITES, 1, 0, Precopy, Absent, copied),
+    /// Disks: the source releases without knowing that they are settled.
+    ReleasedUnsettled => (i::GO_GATE, 1, 0, Precopy, Absent, copied),
+    /// Disks, by post-copy: the same.
+    PostcopyUnsettled => (i::GO_GATE, 1, 0, Postcopy, Absent, copied),
+    /// Disks: the destination says that it holds everything without having heard of its disks, to a source that
+    /// copies none.
+    TargetUnaware => (i::ACKED_WRITES, 1, 0, Precopy, Absent, unaware),
+    /// Disks: exports stay open when the guest starts.
+    ExportsLeftOpen => (i::SEALED, 1, 0, Precopy, Absent, copied),
+    /// Disks: the originals go once the VM is given away, not once it has arrived.
+    RetiredBeforeRecorded => (i::LAST_COPY, 1, 0, Precopy, Absent, copied),
+    /// Disks: the copies go with their QEMU, whatever the record says.
+    DiscardedByQemu => (i::LAST_COPY, 1, 1, Precopy, Absent, copied),
+    /// Disks: the copies of a refused migration are left behind.
+    CopiesLeftBehind => (i::ENDS_WELL, 1, 0, Precopy, Absent, copied),
+    /// Disks: the originals of a VM that has moved are left behind.
+    OriginalsLeftBehind => (i::ENDS_WELL, 1, 0, Precopy, Absent, copied),
 }
 
 fn position(actions: &[Action], wanted: impl Fn(&Action) -> bool) -> Option<usize> {
@@ -355,6 +381,16 @@ fn tamper_source(bug: Bug, machine: &Machine, input: &SourceInput, actions: &mut
         Bug::ReleaseBeforeLoaded if *input == SourceInput::Completed => {
             let mut source = source.clone();
             source.step(SourceInput::Completed);
+            let loaded = Message { claim, body: Body::Loaded };
+            actions.extend(source.step(SourceInput::Receive(loaded)));
+        }
+        Bug::ReleasedUnsettled | Bug::PostcopyUnsettled
+            if matches!(input, SourceInput::Completed | SourceInput::StateSent) =>
+        {
+            let mut source = source.clone();
+            source.step(SourceInput::AtSwitchover);
+            source.step(SourceInput::DisksSettled);
+            source.step(input.clone());
             let loaded = Message { claim, body: Body::Loaded };
             actions.extend(source.step(SourceInput::Receive(loaded)));
         }

@@ -14,7 +14,7 @@ use whimbrel_migration::phase::Outcome;
 use super::bugs::Bug;
 use super::events::Handoff;
 use super::invariants;
-use super::world::{Agent, Input, Machine, Qemu, World, is_released, other};
+use super::world::{Agent, Input, Machine, Qemu, Switchover, World, is_released, other};
 
 /// How the next action goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,8 +70,10 @@ impl Handoff {
         self.tamper_recovery(&record, &mut actions);
         let agent = world.hosts[host].agent.get_or_insert_default();
         match recovered {
-            Recovered::Source(source) => agent.machines.push(Machine::Source(source)),
-            Recovered::Destination(it) => agent.machines.push(Machine::Destination(it)),
+            Recovered::Source(it) => agent.machines.push(Machine::Source(self.source(it))),
+            Recovered::Destination(it) => {
+                agent.machines.push(Machine::Destination(self.destination(it)));
+            }
             Recovered::Owner | Recovered::Bystander => {}
         }
         agent.queue.extend(actions.into_iter().map(|action| (record.migration, action)));
@@ -165,6 +167,7 @@ impl Handoff {
             Action::StopCopy => {
                 if let Some(qemu) = &mut world.hosts[host].qemu {
                     qemu.sending = None;
+                    qemu.switchover = Switchover::Far;
                     qemu.serving = false;
                     qemu.completed = false;
                     qemu.broken = false;
@@ -185,12 +188,13 @@ impl Handoff {
 
     fn persist(&self, world: &mut World, host: usize, record: &Ownership, how: Run) {
         let one = record.migration.and_then(|id| world.try_of(id));
+        let settled = world.files.is_none() || one.is_some_and(|one| one.settled);
         let gate = match record.standing {
             Standing::Released { .. } => one.is_some_and(|one| one.whole),
             Standing::Serving { .. } => one.is_some_and(|one| one.loaded),
             _ => true,
         };
-        if !gate {
+        if !gate || is_released(record) && !settled {
             world.broken.insert(invariants::GO_GATE);
         }
         if let (true, Some(id)) = (is_released(record), record.migration)
@@ -206,9 +210,27 @@ impl Handoff {
                 world.hosts[host].ledger.clear();
             }
             world.hosts[host].write(record.clone());
+            Self::wrote(world, host, record);
         }
         if how != Run::Well {
             self.tamper_failed_write(world, host, record);
+        }
+    }
+
+    /// What a record on the disk changes besides.
+    fn wrote(world: &mut World, host: usize, record: &Ownership) {
+        let Some(one) = record.migration.and_then(|id| world.try_of(id)) else { return };
+        let since = Claim { epoch: one.claim.epoch.next(), ..one.claim };
+        if one.reclaimed && one.from == host && world.hosts[host].took(since) {
+            world.take_back_disks(host);
+        }
+    }
+
+    fn end_mirrors(&self, qemu: &mut Qemu, action: &Action) {
+        match action {
+            Action::SettleDisks => qemu.switchover = Switchover::Settling,
+            Action::FinishCopy => qemu.switchover = Switchover::Told,
+            _ => qemu.exporting &= self.bug == Some(Bug::ExportsLeftOpen),
         }
     }
 
@@ -222,6 +244,7 @@ impl Handoff {
         match (how, qemu) {
             (Run::Well, Some(qemu)) => {
                 qemu.listening = self.bug == Some(Bug::ListenersLeftOpen);
+                qemu.exporting &= self.bug == Some(Bug::ExportsLeftOpen);
                 Ok(DestinationInput::ListenersClosed)
             }
             (Run::Well, None) | (Run::Fails, Some(_)) => Ok(DestinationInput::CloseFailed),
@@ -270,7 +293,10 @@ impl Handoff {
         if world.hosts[host].qemu.as_ref().is_some_and(|qemu| !qemu.killed) {
             world.broken.insert(invariants::LAST_COPY);
         }
-        world.hosts[host].qemu = Some(Qemu { incoming, listening: true, ..Qemu::default() });
+        let exporting = world.files.is_some();
+        world.make_target(host, incoming);
+        let qemu = Qemu { incoming, listening: true, exporting, ..Qemu::default() };
+        world.hosts[host].qemu = Some(qemu);
     }
 
     fn quit_source(world: &mut World, host: usize) {
@@ -322,6 +348,11 @@ impl Handoff {
                 if let Some(qemu) = &mut world.hosts[host].qemu {
                     qemu.sending = migration;
                     qemu.completed = false;
+                }
+            }
+            Action::SettleDisks | Action::FinishCopy | Action::CloseExports => {
+                if let Some(qemu) = &mut world.hosts[host].qemu {
+                    self.end_mirrors(qemu, action);
                 }
             }
             Action::AcceptCancel => {

@@ -25,6 +25,10 @@ pub(crate) struct Handoff {
     pub(crate) copies: Copies,
     /// Who takes a VM back from a host that does not return.
     pub(crate) operator: Operator,
+    /// Disks are copied with the guest.
+    pub(crate) disks: bool,
+    /// The sources' drivers are not told of that.
+    pub(crate) unaware: bool,
     pub(crate) bug: Option<Bug>,
 }
 
@@ -62,6 +66,10 @@ pub(crate) enum Event {
     Run(usize, Run),
     /// A message arrives.
     Deliver(usize, Message),
+    /// With disks: the source's QEMU on a host stops its guest, and waits.
+    Halt(usize),
+    /// The mirrors from a host end well.
+    Settle(usize),
     /// The source's QEMU on a host has sent everything, and stops its guest.
     Complete(usize),
     /// The same, with a part of the memory left to send (post-copy).
@@ -72,6 +80,10 @@ pub(crate) enum Event {
     Serve(usize),
     /// A new stream takes the place of the cut one to a host.
     Mend(usize),
+    /// The agent learns of `Halt`.
+    SeeHalted(usize),
+    /// The agent learns of `Settle`.
+    SeeSettled(usize),
     /// The agent learns of `Complete`, or of `Serve`.
     SeeCompleted(usize),
     /// The agent learns of `Switch`.
@@ -116,12 +128,27 @@ pub(crate) enum Event {
     Reclaim(usize),
     /// The controller tells the destination that the VM was taken back, also late and twice.
     Supersede(usize),
+    /// The agent of a host sweeps what a migration has left of disks there.
+    Sweep(usize, usize),
 }
 
 impl Handoff {
     pub(crate) fn new(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
         let (copies, operator) = (Copies::Precopy, Operator::Absent);
-        Self { tries, faults, answers_first: true, copies, operator, bug }
+        Self {
+            tries,
+            faults,
+            answers_first: true,
+            copies,
+            operator,
+            disks: false,
+            unaware: false,
+            bug,
+        }
+    }
+
+    pub(crate) fn disks(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
+        Self { disks: true, ..Self::new(tries, faults, bug) }
     }
 
     pub(crate) fn postcopy(tries: usize, faults: u8, bug: Option<Bug>) -> Self {
@@ -144,11 +171,15 @@ impl Handoff {
                 self.deliver(world, host, message);
                 true
             }
-            Event::Complete(host) => send(world, host, false),
-            Event::Switch(host) => send(world, host, true),
+            Event::Halt(host) => self.halt(world, host),
+            Event::Settle(host) => self.settle(world, host),
+            Event::Complete(host) => self.send(world, host, false),
+            Event::Switch(host) => self.send(world, host, true),
             Event::Load(host) => load(world, host),
             Event::Serve(host) => serve(world, host),
             Event::Mend(host) => mend(world, host),
+            Event::SeeHalted(host) => self.tell_source(world, host, SourceInput::AtSwitchover),
+            Event::SeeSettled(host) => self.tell_source(world, host, SourceInput::DisksSettled),
             Event::SeeCompleted(host) => self.tell_source(world, host, SourceInput::Completed),
             Event::SeeStateSent(host) => self.tell_source(world, host, SourceInput::StateSent),
             Event::SeeBroken(host) => self.tell_source(world, host, SourceInput::StreamLost),
@@ -203,6 +234,7 @@ impl Handoff {
             Event::State(number) => self.state(world, number),
             Event::Reclaim(number) => self.reclaim(world, number),
             Event::Supersede(number) => self.supersede(world, number),
+            Event::Sweep(host, number) => self.sweep(world, host, number),
         }
     }
 
@@ -215,8 +247,10 @@ impl Handoff {
         }
         let migration = migration_id(world.tries.len());
         let claim = Claim { vm: current.vm, migration, epoch: current.epoch.next() };
-        let (loaded, whole, released, cancelled, reclaimed) = (false, false, false, false, false);
-        world.tries.push(Try { claim, from, loaded, whole, released, cancelled, reclaimed });
+        let (loaded, whole, settled) = (false, false, false);
+        let (released, cancelled, reclaimed) = (false, false, false);
+        let one = Try { claim, from, loaded, whole, settled, released, cancelled, reclaimed };
+        world.tries.push(one);
         true
     }
 
@@ -301,7 +335,8 @@ impl Handoff {
         else {
             return false;
         };
-        self.begin(world, other(from), Machine::Destination(destination), actions);
+        let machine = Machine::Destination(self.destination(destination));
+        self.begin(world, other(from), machine, actions);
         true
     }
 
@@ -323,11 +358,41 @@ impl Handoff {
             Ok((source, actions))
                 if free && (host.qemu.is_some() || self.operator == Operator::Absent) =>
             {
-                self.begin(world, from, Machine::Source(source), actions);
+                self.begin(world, from, Machine::Source(self.source(source)), actions);
                 true
             }
             _ => false,
         }
+    }
+
+    /// The source's QEMU stops its guest and sends everything, or all but a part of the memory.
+    fn send(&self, world: &mut World, host: usize, leaves: bool) -> bool {
+        let Some(sender) = &world.hosts[host].qemu else { return false };
+        let (sending, stale, at) = (sender.sending, sender.stale, sender.switchover);
+        let Some(target) = &mut world.hosts[other(host)].qemu else { return false };
+        let waits = target.listening && !target.full && !target.killed;
+        if sending.is_none() || target.incoming != sending || !waits || !self.may_send(at) {
+            return false;
+        }
+        target.full = true;
+        target.stale = stale;
+        target.lacks = leaves;
+        if let Some(sender) = &mut world.hosts[host].qemu {
+            sender.running = false;
+            sender.serving = leaves;
+            sender.completed = !leaves;
+        }
+        true
+    }
+
+    /// What the driver knows of its migration and the rules do not.
+    pub(crate) fn source(&self, source: Source) -> Source {
+        if self.disks && !self.unaware { source.with_disks() } else { source }
+    }
+
+    pub(crate) fn destination(&self, destination: Destination) -> Destination {
+        let unaware = self.bug == Some(Bug::TargetUnaware);
+        if self.disks && !unaware { destination.with_disks() } else { destination }
     }
 
     fn tell_source(&self, world: &mut World, host: usize, input: SourceInput) -> bool {
@@ -341,6 +406,9 @@ impl Handoff {
             SourceInput::StateSent => {
                 sees.is_some_and(|qemu| qemu.serving && qemu.sending == Some(migration))
             }
+            SourceInput::AtSwitchover | SourceInput::DisksSettled => sees.is_some_and(|qemu| {
+                qemu.sending == Some(migration) && self.holds_of_disks(qemu.switchover, &input)
+            }),
             SourceInput::StreamLost => sees.is_some_and(|qemu| qemu.broken),
             SourceInput::QemuGone => sees.is_none(),
             _ => true,
@@ -385,6 +453,9 @@ impl Handoff {
         }
         if let Some(qemu) = &it.qemu {
             if qemu.sending.is_some() && !qemu.completed && !qemu.serving && !qemu.broken {
+                if self.disks {
+                    events.extend([Event::Halt(host), Event::Settle(host)]);
+                }
                 events.push(match self.copies {
                     Copies::Precopy => Event::Complete(host),
                     Copies::Postcopy => Event::Switch(host),
@@ -440,6 +511,9 @@ impl Handoff {
                 Event::Fail(host),
                 Event::Lease(host),
             ]);
+            if self.disks {
+                events.extend([Event::SeeHalted(host), Event::SeeSettled(host)]);
+            }
             if self.copies != Copies::Precopy {
                 events.extend([
                     Event::SeeStateSent(host),
@@ -463,26 +537,6 @@ fn spend_fault(world: &mut World) -> bool {
 fn machine(world: &World, host: usize, wanted: impl Fn(&Machine) -> bool) -> Option<MigrationId> {
     let agent = world.hosts[host].ready()?;
     agent.machines.iter().find(|machine| wanted(machine)).map(|machine| machine.claim().migration)
-}
-
-/// The source's QEMU stops its guest and sends everything, or all but a part of the memory.
-fn send(world: &mut World, host: usize, leaves: bool) -> bool {
-    let Some(sender) = &world.hosts[host].qemu else { return false };
-    let (sending, stale) = (sender.sending, sender.stale);
-    let Some(target) = &mut world.hosts[other(host)].qemu else { return false };
-    let waits = target.listening && !target.full && !target.killed;
-    if sending.is_none() || target.incoming != sending || !waits {
-        return false;
-    }
-    target.full = true;
-    target.stale = stale;
-    target.lacks = leaves;
-    if let Some(sender) = &mut world.hosts[host].qemu {
-        sender.running = false;
-        sender.serving = leaves;
-        sender.completed = !leaves;
-    }
-    true
 }
 
 /// The rest of the memory gets there.
@@ -544,7 +598,9 @@ impl Model for Handoff {
     type Action = Event;
 
     fn init_states(&self) -> Vec<World> {
-        [Intent::Run, Intent::Pause].map(|intent| World::new(intent, self.faults)).into()
+        [Intent::Run, Intent::Pause]
+            .map(|intent| World::new(intent, self.faults, self.disks))
+            .into()
     }
 
     fn actions(&self, world: &World, events: &mut Vec<Event>) {
@@ -556,6 +612,9 @@ impl Model for Handoff {
         }
         for number in 0..world.tries.len() {
             events.extend([Event::Offer(number), Event::Begin(number)]);
+            if self.disks {
+                events.extend([Event::Sweep(0, number), Event::Sweep(1, number)]);
+            }
             if self.operator != Operator::Absent {
                 events.extend([
                     Event::State(number),

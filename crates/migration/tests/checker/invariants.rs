@@ -3,9 +3,10 @@
 use stateright::Property;
 use whimbrel_migration::handoff::{Body, Claim, Destination, Intent, Source, Standing};
 
+use super::disks::Content;
 use super::driver::{Run, refused};
 use super::events::{Copies, Event, Handoff, Operator};
-use super::world::{Host, World, host_name, is_released, is_taken, migration_id, other};
+use super::world::{Host, Qemu, World, host_name, is_released, is_taken, migration_id, other};
 
 pub(crate) const AT_MOST_ONE: &str = "I1 AtMostOne";
 pub(crate) const OWNER_RUNS: &str = "I2 OwnerRuns";
@@ -15,6 +16,7 @@ pub(crate) const GO_GATE: &str = "I5 GoGate";
 pub(crate) const REFUSED_FINAL: &str = "I6 RefusedFinal";
 pub(crate) const NO_STALE: &str = "I7 NoStale";
 pub(crate) const LAST_COPY: &str = "I9 LastCopy";
+pub(crate) const ACKED_WRITES: &str = "I10 AckedWrites";
 pub(crate) const CANCEL: &str = "I14 Cancel";
 pub(crate) const ONE_MIGRATION: &str = "I16 OneMigration";
 pub(crate) const SEALED: &str = "I17 Sealed";
@@ -46,10 +48,12 @@ pub(crate) fn properties(model: &Handoff) -> Vec<Property<Handoff>> {
         Property::always(REFUSED_FINAL, |_, w: &World| refused_final(w)),
         Property::always(NO_STALE, |_, w: &World| !w.broken.contains(NO_STALE)),
         Property::always(LAST_COPY, |_, w: &World| !w.broken.contains(LAST_COPY)),
+        Property::always(ACKED_WRITES, |_, w: &World| !w.broken.contains(ACKED_WRITES)),
         Property::always(CANCEL, |_, w: &World| !w.broken.contains(CANCEL) && cancelled_stay(w)),
         Property::always(ONE_MIGRATION, |_, w: &World| one_migration(w)),
         Property::always(SEALED, |_, w: &World| {
-            w.hosts.iter().filter_map(|h| h.qemu.as_ref()).all(|q| !q.running || !q.listening)
+            let closed = |q: &Qemu| !q.listening && !q.exporting;
+            w.hosts.iter().filter_map(|h| h.qemu.as_ref()).all(|q| !q.running || closed(q))
         }),
         Property::always(TRUTHFUL, |_, w: &World| truthful(w)),
         Property::always(PAUSE_KEPT, |_, w: &World| {
@@ -85,6 +89,17 @@ pub(crate) fn properties(model: &Handoff) -> Vec<Property<Handoff>> {
             w.hosts[0].runs()
                 && w.hosts[0].current().is_some_and(|r| r.epoch.0 == 3)
                 && w.reported.iter().filter(|(_, _, moved)| *moved).count() >= 2
+        }));
+    }
+    if model.disks && !model.unaware {
+        all.push(Property::sometimes(
+            "a guest runs from disks that were copied",
+            |_, w: &World| {
+                w.hosts[1].runs() && w.files.is_some_and(|files| files[0].content == Content::Old)
+            },
+        ));
+        all.push(Property::sometimes("the originals are taken away", |_, w: &World| {
+            w.files.is_some_and(|files| files[0].content == Content::Absent)
         }));
     }
     if model.copies != Copies::Precopy {
@@ -239,6 +254,10 @@ fn fair_round(model: &Handoff, world: &mut World) {
         if world.hosts[host].agent.is_none() && !world.hosts[host].away {
             happen(model, world, Event::Restart(host));
         }
+        if model.disks {
+            happen(model, world, Event::Halt(host));
+            happen(model, world, Event::Settle(host));
+        }
         happen(model, world, Event::Mend(host));
         happen(model, world, Event::Serve(host));
         if world.hosts[host].qemu.as_ref().is_some_and(|qemu| !qemu.serving && !qemu.broken) {
@@ -251,6 +270,8 @@ fn fair_round(model: &Handoff, world: &mut World) {
         }
         for event in [
             Event::SeeGone,
+            Event::SeeHalted,
+            Event::SeeSettled,
             Event::SeeBroken,
             Event::SeeCompleted,
             Event::SeeStateSent,
@@ -264,6 +285,8 @@ fn fair_round(model: &Handoff, world: &mut World) {
     for number in 0..world.tries.len() {
         happen(model, world, Event::Reclaim(number));
         happen(model, world, Event::Supersede(number));
+        happen(model, world, Event::Sweep(0, number));
+        happen(model, world, Event::Sweep(1, number));
     }
     for (host, message) in world.net.clone() {
         happen(model, world, Event::Deliver(host, message));
@@ -286,7 +309,7 @@ fn ended_well(world: &World) -> bool {
     let idle = |host: &Host| host.ready().is_some_and(|agent| agent.machines.is_empty());
     let owns = |host: &Host| host.current().is_some_and(|r| r.standing == Standing::Owned);
     let [a, b] = &world.hosts;
-    let (owner, bystander) = if owns(a) { (a, b) } else { (b, a) };
+    let ((owner, bystander), left) = if owns(a) { ((a, b), 1) } else { ((b, a), 0) };
     let guest = match &owner.qemu {
         None => world.qemu_died,
         Some(qemu) => {
@@ -300,6 +323,7 @@ fn ended_well(world: &World) -> bool {
         && !bystander.may_run()
         && bystander.qemu.is_none()
         && guest
+        && world.disks_are_swept(left)
         && next_try_is_admitted(world, owner, bystander)
 }
 

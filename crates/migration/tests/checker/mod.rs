@@ -9,7 +9,7 @@
 //! (crashes, deaths of a QEMU, failed writes that may have landed or not, a `cont` that fails, a
 //! post-copy whose stream is cut or given up) are bounded by a budget; cancels, leases that end and
 //! copies that fail come free. Hosts lose their power, for a time or for good, and an operator takes their VMs back, where
-//! one is there ([`Operator`]). A guest is sent whole, or its state first and the rest of its memory
+//! one is there ([`Operator`]). Disks are shared, or copied with the guest ([`disks`]). A guest is sent whole, or its state first and the rest of its memory
 //! at any time later, as long as both QEMUs live ([`Copies`]).
 //!
 //! Invariants ([`invariants`]) hold in every state. Liveness is checked as: *from every reachable
@@ -22,6 +22,7 @@
 //! shipped code has no switches.
 
 pub(crate) mod bugs;
+mod disks;
 mod driver;
 mod events;
 mod invariants;

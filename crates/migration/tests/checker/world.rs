@@ -8,6 +8,8 @@ use whimbrel_migration::handoff::{
 };
 use whimbrel_migration::names::{MigrationId, Name, VmId};
 
+use super::disks::{Content, Files};
+
 /// Everything, at one instant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct World {
@@ -18,6 +20,8 @@ pub(crate) struct World {
     pub(crate) tries: Vec<Try>,
     /// Every message ever sent, with the host it is for: each may arrive never, late, often.
     pub(crate) net: BTreeSet<(usize, Message)>,
+    /// Each host's files of the VM's disks; none where both see the same ones.
+    pub(crate) files: Option<[Files; 2]>,
     pub(crate) faults_left: u8,
     /// A QEMU has died by itself.
     pub(crate) qemu_died: bool,
@@ -36,6 +40,8 @@ pub(crate) struct Try {
     pub(crate) loaded: bool,
     /// It held everything, all memory included, at some time.
     pub(crate) whole: bool,
+    /// Its disks were settled at some time.
+    pub(crate) settled: bool,
     /// A write of its release was tried.
     pub(crate) released: bool,
     /// A cancel was accepted.
@@ -69,6 +75,8 @@ pub(crate) struct Qemu {
     /// The stream that brings it is cut; both QEMUs wait for a new one.
     pub(crate) cut: bool,
     pub(crate) listening: bool,
+    /// Its disks can be written to from outside (NBD).
+    pub(crate) exporting: bool,
     pub(crate) running: bool,
     /// Its guest's memory is older than what has been executed elsewhere since.
     pub(crate) stale: bool,
@@ -76,12 +84,30 @@ pub(crate) struct Qemu {
     pub(crate) killed: bool,
     /// The migration that it sends.
     pub(crate) sending: Option<MigrationId>,
+    /// Where disks are copied: how far it is between the guest's last instruction and the stream's last byte.
+    pub(crate) switchover: Switchover,
     /// It has sent the guest's state and stands still; it still has memory to send (post-copy).
     pub(crate) serving: bool,
     /// It has sent everything, and stands still.
     pub(crate) completed: bool,
     /// It has ended a post-copy for good without having sent everything.
     pub(crate) broken: bool,
+}
+
+/// The end of a copy with disks, on the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Switchover {
+    /// Not there yet.
+    #[default]
+    Far,
+    /// The guest stands still.
+    Waiting,
+    /// The mirrors are being ended.
+    Settling,
+    /// They have ended well.
+    Settled,
+    /// QEMU has been told to send the rest.
+    Told,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -142,7 +168,7 @@ impl Machine {
 
 impl World {
     /// The VM was created on host 0 and is as its user wants it.
-    pub(crate) fn new(intent: Intent, faults: u8) -> Self {
+    pub(crate) fn new(intent: Intent, faults: u8, disks: bool) -> Self {
         let vm = VmId::from(uuid::Uuid::from_u128(0xa));
         let qemu =
             Qemu { full: true, loaded: true, running: intent == Intent::Run, ..Qemu::default() };
@@ -152,6 +178,7 @@ impl World {
             hosts: [host(vec![Ownership::created(vm, intent)], Some(qemu)), host(vec![], None)],
             tries: Vec::new(),
             net: BTreeSet::new(),
+            files: disks.then_some([Content::Current, Content::Absent].map(Files::with)),
             faults_left: faults,
             qemu_died: false,
             broken: BTreeSet::new(),
@@ -206,6 +233,7 @@ impl World {
             self.broken.insert(super::invariants::NO_STALE);
         }
         qemu.running = true;
+        self.write_disks(host);
     }
 }
 
