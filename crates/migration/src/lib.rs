@@ -7,6 +7,7 @@
 //!   checker explores the same code exhaustively.
 //! - [`options`]: how a user asks for a move.
 //! - [`preflight`]: whether a VM can move to a host, and what stands in the way.
+//! - [`disks`]: where its disks go, and what copying them takes.
 //! - [`forecast`]: what a move will take, from measurements.
 //! - [`strategy`]: the way that it takes, chosen from forecasts.
 //! - [`policy`]: what it may cost.
@@ -14,6 +15,7 @@
 //! Everything here is a function of its inputs, so that a test needs neither socket nor clock.
 //! The crate knows no sibling; the API, the controller and the agents use it.
 
+pub mod disks;
 pub mod downtime;
 pub mod forecast;
 pub mod handoff;

@@ -7,8 +7,10 @@
 //! [`MigrateOptions::validate`] looks at the options alone. Whether they fit together and to the two
 //! engines is preflight's matter ([`crate::preflight::combinations`]).
 
+mod disks;
 mod validate;
 
+pub use disks::{DiskOptions, DiskTarget, Originals, OtherDisks};
 pub use validate::{OptionProblem, ProblemCode};
 
 use serde::{Deserialize, Serialize};
@@ -61,6 +63,14 @@ pub mod limits {
     pub const ADDRESS_MAX_BYTES: usize = 253;
     /// Most methods of compression that can be listed.
     pub const METHODS_MAX: usize = 3;
+    /// Most disks that can be given a place by name: those that a VM can have.
+    pub const NAMED_DISKS_MAX: u64 = 64;
+    /// Shortest time for which originals are put aside, in days.
+    pub const QUARANTINE_MIN_DAYS: u64 = 1;
+    /// Longest time for which originals are put aside, in days; `keep` keeps them for ever.
+    pub const QUARANTINE_MAX_DAYS: u64 = 3650;
+    /// Days for which originals are put aside where nobody says anything.
+    pub const QUARANTINE_DEFAULT_DAYS: u64 = 7;
 }
 
 /// How to migrate. Everything has a default.
@@ -130,6 +140,9 @@ pub struct MigrateOptions {
     /// The policy; that of the VM, of the pool, or `balanced` without it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<Name>,
+    /// Which disks are copied, and where to; none without it.
+    #[serde(skip_serializing_if = "is_default")]
+    pub disks: DiskOptions,
 }
 
 impl Default for MigrateOptions {
@@ -154,6 +167,7 @@ impl Default for MigrateOptions {
             migrate_address: None,
             abort_on_error: false,
             policy: None,
+            disks: DiskOptions::default(),
         }
     }
 }
@@ -163,6 +177,13 @@ impl MigrateOptions {
     #[must_use]
     pub fn keeps_definition(&self) -> bool {
         self.copy || self.undefine_source == Some(false)
+    }
+
+    /// What becomes of the disks on the source that were copied.
+    #[must_use]
+    pub fn originals(&self) -> Originals {
+        let default = if self.keeps_definition() { Originals::Keep } else { Originals::default() };
+        self.disks.originals.unwrap_or(default)
     }
 }
 

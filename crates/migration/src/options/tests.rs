@@ -42,6 +42,9 @@ fn everything_can_be_said_and_is_kept() {
         "zerocopy": true, "bandwidth_bytes_per_s": 65_536, "max_downtime_ms": 1,
         "available_switchover_bandwidth_bytes_per_s": 1_u64 << 50, "tls": false,
         "migrate_address": "host-b.example.org", "abort_on_error": true, "policy": "must-finish",
+        "disks": {"each": {"vda": {"to": {"storage": "fast", "format": "raw"}}, "vdb": "stay",
+            "vdc": {"to": {"storage": "bulk"}}}, "others": {"to": {"storage": "bulk"}},
+            "address": "10.1.0.2", "originals": "keep"},
     });
     let options = from_json(all.clone());
     assert_eq!(options.validate(), []);
@@ -71,6 +74,16 @@ fn what_is_no_number_or_not_known_is_refused_at_the_door() {
         r#"{"dname": "../web"}"#,
         r#"{"policy": ""}"#,
         r#"{"tls": true, "tls": false}"#,
+        r#"{"disks": {"storage": "fast"}}"#,
+        r#"{"disks": {"each": {"VDA": "stay"}}}"#,
+        r#"{"disks": {"each": {"vda": "go"}}}"#,
+        r#"{"disks": {"each": {"vda": {"to": {}}}}}"#,
+        r#"{"disks": {"each": {"vda": {"to": {"storage": "../x"}}}}}"#,
+        r#"{"disks": {"each": {"vda": {"to": {"storage": "fast", "format": "vmdk"}}}}}"#,
+        r#"{"disks": {"each": {"vda": {"to": {"storage": "fast", "size": 1}}}}}"#,
+        r#"{"disks": {"others": {"to": {"storage": "fast", "format": "raw"}}}}"#,
+        r#"{"disks": {"originals": {"quarantine": {"days": -1}}}}"#,
+        r#"{"disks": {"originals": {"quarantine": {"days": 1, "hours": 1}}}}"#,
     ];
     for text in bad {
         assert!(serde_json::from_str::<MigrateOptions>(text).is_err(), "{text}");
@@ -113,6 +126,11 @@ fn with(field: &str, number: u64) -> MigrateOptions {
             options.compression =
                 Some(Compression { xbzrle_cache_bytes: value, ..Compression::default() });
         }
+        "disks.originals.quarantine.days" => {
+            let originals = Some(Originals::Quarantine { days: number });
+            options.disks =
+                DiskOptions { others: OtherDisks::Unreached, originals, ..options.disks };
+        }
         other => panic!("{other}"),
     }
     options
@@ -121,7 +139,7 @@ fn with(field: &str, number: u64) -> MigrateOptions {
 #[test]
 fn each_number_has_bounds_and_both_ends_of_them_are_allowed() {
     let bandwidth = (64 << 10, 1 << 50);
-    let bounds: [(&str, (u64, u64)); 11] = [
+    let bounds: [(&str, (u64, u64)); 12] = [
         ("bandwidth_bytes_per_s", bandwidth),
         ("postcopy.bandwidth_bytes_per_s", bandwidth),
         ("available_switchover_bandwidth_bytes_per_s", bandwidth),
@@ -130,6 +148,7 @@ fn each_number_has_bounds_and_both_ends_of_them_are_allowed() {
         ("auto_converge.initial_percent", (1, 99)),
         ("auto_converge.increment_percent", (1, 99)),
         ("timeout.seconds", (3, 604_800)),
+        ("disks.originals.quarantine.days", (1, 3650)),
         ("compression.zlib_level", (0, 9)),
         ("compression.zstd_level", (0, 20)),
         ("compression.xbzrle_cache_bytes", (1 << 20, 64 << 30)),
@@ -223,6 +242,53 @@ fn an_address_must_be_one_that_another_host_can_reach() {
     for bad in bad {
         assert_eq!(problem(bad), Some(ProblemCode::BadAddress), "{bad}");
     }
+}
+
+#[test]
+fn what_is_said_of_disks_must_fit() {
+    let problem = |disks: serde_json::Value, rest: serde_json::Value| {
+        let mut all = rest;
+        all["disks"] = disks;
+        problems(&from_json(all))
+    };
+    let contradiction = |field: &str| vec![(field.to_owned(), ProblemCode::Contradiction)];
+    let (nothing, bad_address) = (json!({}), ProblemCode::BadAddress);
+    let others = json!({"others": "unreached", "address": "0.0.0.0"});
+    let bad = vec![("disks.address".to_owned(), bad_address)];
+    assert_eq!(problem(others, nothing.clone()), bad);
+    assert_eq!(
+        problem(json!({"address": "10.0.0.2", "each": {"vda": "stay"}}), nothing.clone()),
+        contradiction("disks.address"),
+        "nothing is copied"
+    );
+    assert_eq!(
+        problem(json!({"originals": "delete"}), nothing.clone()),
+        contradiction("disks.originals")
+    );
+    let deleted = json!({"others": "unreached", "originals": "delete"});
+    assert_eq!(problem(deleted.clone(), nothing.clone()), []);
+    assert_eq!(problem(deleted, json!({"copy": true})), contradiction("disks.originals"));
+    let kept = json!({"others": "unreached", "originals": "keep"});
+    assert_eq!(problem(kept, json!({"copy": true})), []);
+    let by = json!({"others": "unreached", "address": "10.0.0.2"});
+    assert_eq!(
+        problem(by.clone(), json!({"postcopy": {}})),
+        [],
+        "post-copy and copied disks go together"
+    );
+    assert_eq!(problem(by, json!({"mode": "offline"})), contradiction("disks.address"));
+    let many: serde_json::Map<_, _> =
+        (0..65).map(|number| (format!("d{number}"), json!("stay"))).collect();
+    let too_many = vec![("disks.each".to_owned(), ProblemCode::OutOfRange)];
+    assert_eq!(problem(json!({"each": many}), nothing), too_many);
+}
+
+#[test]
+fn originals_are_put_aside_unless_the_source_keeps_the_vm() {
+    let originals = |value| from_json(value).originals();
+    assert_eq!(originals(json!({})), Originals::Quarantine { days: 7 });
+    assert_eq!(originals(json!({"copy": true})), Originals::Keep);
+    assert_eq!(originals(json!({"disks": {"originals": "delete"}})), Originals::Delete);
 }
 
 proptest! {

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Compression, CompressionMethod, MigrateOptions, TimeoutAction, limits};
+use super::{
+    Compression, CompressionMethod, MigrateOptions, Mode, Originals, TimeoutAction, limits,
+};
 
 /// One thing that is wrong with the options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -45,6 +47,7 @@ impl MigrateOptions {
         let mut found = Found::default();
         self.check_numbers(&mut found);
         self.check_source_and_destination(&mut found);
+        self.check_disks(&mut found);
         if let Some(compression) = &self.compression {
             check_compression(compression, &mut found);
         }
@@ -98,11 +101,42 @@ impl MigrateOptions {
                     .into(),
             );
         }
-        if let Some(address) = &self.migrate_address
-            && let Err(why) = check_address(address)
-        {
-            let sentence = format!("migrate_address {why}: give an address that hosts can reach");
-            found.add("migrate_address", ProblemCode::BadAddress, sentence);
+        found.address("migrate_address", self.migrate_address.as_deref());
+    }
+
+    fn check_disks(&self, found: &mut Found) {
+        let disks = &self.disks;
+        let named = disks.each.len().try_into().unwrap_or(u64::MAX);
+        found.range("disks.each", Some(named), 0, limits::NAMED_DISKS_MAX);
+        found.address("disks.address", disks.address.as_deref());
+        if let Some(Originals::Quarantine { days }) = disks.originals {
+            let (least, most) = (limits::QUARANTINE_MIN_DAYS, limits::QUARANTINE_MAX_DAYS);
+            found.range("disks.originals.quarantine.days", Some(days), least, most);
+        }
+        let said = [
+            ("disks.address", disks.address.is_some()),
+            ("disks.originals", disks.originals.is_some()),
+        ];
+        for (field, said) in said {
+            if said && !disks.may_copy() {
+                let sentence =
+                    format!("{field} is for disks that are copied, and none is: leave it out");
+                found.add(field, ProblemCode::Contradiction, sentence);
+            }
+        }
+        let taken = disks.originals.is_some_and(|originals| originals != Originals::Keep);
+        if taken && self.keeps_definition() {
+            found.add(
+                "disks.originals",
+                ProblemCode::Contradiction,
+                "the source is to keep a definition of the VM, and disks.originals takes its disks away: \
+                 keep both or none"
+                    .into(),
+            );
+        }
+        if self.mode == Mode::Offline && disks.address.is_some() {
+            let sentence = "disks.address is for disks of a guest that runs: leave it out".into();
+            found.add("disks.address", ProblemCode::Contradiction, sentence);
         }
     }
 }
@@ -185,6 +219,14 @@ struct Found(Vec<OptionProblem>);
 impl Found {
     fn add(&mut self, field: &str, code: ProblemCode, sentence: String) {
         self.0.push(OptionProblem { field: field.to_owned(), code, sentence });
+    }
+
+    /// Looks at an address, if there is one.
+    fn address(&mut self, field: &str, address: Option<&str>) {
+        if let Some(Err(why)) = address.map(check_address) {
+            let sentence = format!("{field} {why}: give an address that hosts can reach");
+            self.add(field, ProblemCode::BadAddress, sentence);
+        }
     }
 
     /// Whether the number, if there is one, is in its bounds.
