@@ -4,9 +4,11 @@
 //! that never changes, a sentence that says what is the matter with names and numbers, and one that
 //! says what to do. The controller calls it at admission, and refuses if any verdict does. What can
 //! only be known by trying (does QEMU start there, does the incoming port open) is not here.
-//! Whether the options fit together and to both engines is told by [`combinations`].
+//! Whether the options fit together and to both engines is told by [`combinations`], whether disks can be copied by
+//! [`disks`].
 
 pub mod combinations;
+pub mod disks;
 mod facts;
 
 pub use combinations::EngineAbilities;
@@ -147,6 +149,34 @@ codes! {
     PostcopyPageSize = "postcopy-page-size",
     /// What is at stake in post-copy.
     PostcopyRisk = "postcopy-risk",
+    /// The VM has no disk of a name that was given a place.
+    DiskUnknown = "disk-unknown",
+    /// A disk that is to be copied is used by another running VM.
+    DiskInUse = "disk-in-use",
+    /// Something is being done with a disk that is to be copied.
+    DiskBusy = "disk-busy",
+    /// A disk cannot be copied as it is.
+    DiskUncopyable = "disk-uncopyable",
+    /// The destination does not hold the images on which a disk stands: they travel with it.
+    DiskBaseMissing = "disk-base-missing",
+    /// The name that a disk's copy would have is taken.
+    DiskNameTaken = "disk-name-taken",
+    /// The destination does not have the storage to which disks are to go.
+    StorageMissing = "storage-missing",
+    /// The storage to which disks are to go cannot be used.
+    StorageUnusable = "storage-unusable",
+    /// Disks are to go to the destination's default storage, which has none.
+    NoDefaultStorage = "no-default-storage",
+    /// There is too little room for the disks.
+    StorageSpace = "storage-space",
+    /// There is room for the disks as they are, and not for what they can grow to.
+    StorageOvercommit = "storage-overcommit",
+    /// One of the two QEMUs cannot copy disks.
+    EngineDisks = "engine-disks",
+    /// The guest writes to its disks as fast as they can be sent.
+    DisksNotConverging = "disks-not-converging",
+    /// The disks' data goes by the network of the agents.
+    DisksByManagement = "disks-by-management",
 }
 
 impl fmt::Display for Code {

@@ -198,6 +198,7 @@ fn each_rule_alone_gives_its_one_verdict() {
 fn every_code_has_a_case_and_its_word_in_json() {
     let mut tested: BTreeSet<Code> = spoils().iter().map(|(code, ..)| *code).collect();
     tested.extend(combinations::tests::cases().iter().map(|case| case.code));
+    tested.extend(disks::tests::cases().iter().map(|(code, ..)| *code));
     for code in Code::ALL {
         assert!(tested.contains(code) || *code == Code::SameHost, "{code} has no case");
         assert_eq!(serde_json::to_value(code).unwrap(), code.as_str());
