@@ -161,6 +161,9 @@ pub struct EngineCosts {
     /// How long after a bitmap QEMU fetches the next one while throttling is switched on, also in the middle
     /// of a pass, in milliseconds; 0 where it waits for the end of the pass (before 9.2).
     pub throttle_sync_ms: f64,
+    /// A bandwidth that is allowed, and the rate from which QEMU reckons what a pause can carry, count pages as they
+    /// lie in memory, however small they are on the wire (before 8.1).
+    pub counts_before_compression: bool,
     /// How often the passes are looked at to lengthen that aim, in milliseconds.
     pub look_ms: f64,
 }
@@ -187,6 +190,7 @@ impl Default for EngineCosts {
             postcopy_fault_us: 300.0,
             first_aim_ms: 1.0,
             throttle_sync_ms: 5_000.0,
+            counts_before_compression: false,
             look_ms: 200.0,
         }
     }

@@ -148,7 +148,7 @@ impl State {
 
     /// What QEMU reckons that a pause can take, in bytes of memory.
     fn fits_bytes(&self, course: &Course<'_>, strategy: &Strategy) -> f64 {
-        let seen = course.stream.wire_bytes_per_s();
+        let seen = course.stream.counted_bytes_per_s();
         let told = strategy.switchover_bandwidth_bytes_per_s.map_or(seen, |told| told as f64);
         told * self.aim_ms.min(strategy.max_downtime_ms as f64) / 1_000.0
     }

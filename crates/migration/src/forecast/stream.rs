@@ -67,6 +67,8 @@ pub(super) struct Stream {
     pub(super) first_wire_share: f64,
     /// The same for pages that have been sent before.
     pub(super) again_wire_share: f64,
+    /// Of such a page what QEMU counts as sent, per byte of memory.
+    again_counted_share: f64,
     /// What holds the pages back that are not zero.
     pub(super) bottleneck: Bottleneck,
 }
@@ -76,12 +78,18 @@ impl Stream {
         let page = PAGE_BYTES as f64;
         let (ratio, compress, decompress) = compression(facts, strategy);
         let wire_share = ratio + PAGE_HEAD_BYTES / page;
+        let counted_share = if costs.counts_before_compression {
+            wire_share.max(1.0 + PAGE_HEAD_BYTES / page)
+        } else {
+            wire_share
+        };
         let zero_share = facts.census.zero_share();
         let data = Work {
             source_ns: costs.source_ns_per_byte + compress + tls(strategy, costs).0 * wire_share,
             destination_ns: (costs.destination_ns_per_byte + tls(strategy, costs).1) * wire_share
                 + decompress,
             wire_share,
+            counted_share,
         };
         let first = Work {
             destination_ns: data.destination_ns + costs.first_touch_ns_per_page / page,
@@ -91,6 +99,7 @@ impl Stream {
             source_ns: costs.zero_scan_ns_per_byte,
             destination_ns: 0.0,
             wire_share: ZERO_PAGE_WIRE_BYTES / page,
+            counted_share: ZERO_PAGE_WIRE_BYTES / page,
         };
         let stages = Stages::of(facts, strategy);
         let (first_ns, bottleneck) = stages.slowest(&first);
@@ -99,13 +108,19 @@ impl Stream {
             again_ns_per_byte: stages.slowest(&data).0,
             first_wire_share: zero_share * zero.wire_share + (1.0 - zero_share) * wire_share,
             again_wire_share: wire_share,
+            again_counted_share: counted_share,
             bottleneck,
         }
     }
 
-    /// Bytes a second that QEMU sees on the wire, from which it reckons what can be sent in a pause.
+    /// Bytes a second on the wire.
     pub(super) fn wire_bytes_per_s(&self) -> f64 {
         NS_PER_S * self.again_wire_share / self.again_ns_per_byte
+    }
+
+    /// Bytes a second that QEMU counts, from which it reckons what can be sent in a pause.
+    pub(super) fn counted_bytes_per_s(&self) -> f64 {
+        NS_PER_S * self.again_counted_share / self.again_ns_per_byte
     }
 }
 
@@ -143,6 +158,7 @@ struct Work {
     source_ns: f64,
     destination_ns: f64,
     wire_share: f64,
+    counted_share: f64,
 }
 
 /// What there is to do the work.
@@ -170,15 +186,17 @@ impl Stages {
 
     /// The slowest stage for some work: nanoseconds per byte, and which it is.
     fn slowest(&self, work: &Work) -> (f64, Bottleneck) {
-        let wire = |bytes_per_s: f64| work.wire_share * NS_PER_S / bytes_per_s;
+        let link = work.wire_share * NS_PER_S / self.link_bytes_per_s;
+        let limit = self
+            .limit_bytes_per_s
+            .map_or(0.0, |bytes_per_s| work.counted_share * NS_PER_S / bytes_per_s);
         let cpu = if self.shared {
             (work.source_ns + work.destination_ns) / self.source_cores
         } else {
             (work.source_ns / self.source_cores).max(work.destination_ns / self.destination_cores)
         };
-        let limit = self.limit_bytes_per_s.map_or(0.0, wire);
         let stages = [
-            (wire(self.link_bytes_per_s), Bottleneck::Link),
+            (link, Bottleneck::Link),
             (limit, Bottleneck::BandwidthLimit),
             (work.source_ns / self.threads, Bottleneck::SourceThread),
             (work.destination_ns / self.threads, Bottleneck::DestinationThread),

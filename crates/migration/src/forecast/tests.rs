@@ -30,6 +30,7 @@ fn free() -> EngineCosts {
         postcopy_fault_us: 0.0,
         first_aim_ms: 1.0,
         throttle_sync_ms: 0.0,
+        counts_before_compression: false,
         look_ms: 200.0,
     }
 }
@@ -250,6 +251,33 @@ fn compression_helps_a_link_and_not_a_processor() {
     let starved = forecast(&facts, &free(), &strategy);
     close("starved", starved.total_ms.unwrap(), GIB as f64 / (12.5 * MB) * 1_000.0, 1.0);
     assert_eq!(starved.bottleneck, Bottleneck::Cpu);
+}
+
+#[test]
+fn where_pages_are_counted_before_compression_a_limit_is_no_reason_for_it() {
+    let mut facts = idle();
+    facts.census.compression = vec![CompressionSample {
+        method: CompressionMethod::Zstd,
+        level: 1,
+        ratio: 0.5,
+        compress_ns_per_byte: 1.0,
+        decompress_ns_per_byte: 0.0,
+    }];
+    let compression = Some(CompressionSetting::Zstd { level: 1 });
+    let limit = Some(50_000_000);
+    let strategy =
+        Strategy { channels: Some(2), compression, bandwidth_bytes_per_s: limit, ..plain() };
+    let old = EngineCosts { counts_before_compression: true, ..free() };
+    let (counted, sent) = (forecast(&facts, &old, &strategy), forecast(&facts, &free(), &strategy));
+    // 50 of 100 MB/s are allowed: of the wire, or of memory that is half as large there.
+    close("on the wire", sent.total_ms.unwrap(), FIRST_PASS_MS, 1.0);
+    close("before", counted.total_ms.unwrap(), 2.0 * FIRST_PASS_MS, 1.0);
+    assert_eq!(counted.bottleneck, Bottleneck::BandwidthLimit);
+    close("bytes", counted.wire_bytes.unwrap() as f64, sent.wire_bytes.unwrap() as f64, 1.0);
+    // The link is the link.
+    let strategy = Strategy { bandwidth_bytes_per_s: None, ..strategy };
+    let (counted, sent) = (forecast(&facts, &old, &strategy), forecast(&facts, &free(), &strategy));
+    close("unlimited", counted.total_ms.unwrap(), sent.total_ms.unwrap(), 0.1);
 }
 
 #[test]

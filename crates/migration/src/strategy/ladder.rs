@@ -21,6 +21,9 @@ const SENT_AGAIN_MAX_SHARE: f64 = 0.5;
 /// From this QEMU on the throttle does not wait for the end of a pass. Nothing in QEMU's description of
 /// itself tells, and nothing but the forecast depends on it.
 const THROTTLE_SYNC_FROM: EngineVersion = EngineVersion { major: 9, minor: 2, micro: 0 };
+/// From this QEMU on parallel connections count what they put on the wire. Before (seen on 7.2.22) they count pages
+/// as they lie in memory, and under a limit compression sends nothing sooner. As above, only the forecast depends on it.
+const COUNTS_COMPRESSED_FROM: EngineVersion = EngineVersion { major: 8, minor: 1, micro: 0 };
 
 /// Chooses how a VM goes that is running or paused, and says why.
 #[must_use]
@@ -63,6 +66,7 @@ impl<'a> Climb<'a> {
         if source.version < THROTTLE_SYNC_FROM {
             costs.throttle_sync_ms = 0.0;
         }
+        costs.counts_before_compression = source.version < COUNTS_COMPRESSED_FROM;
         Candidate { forecast: forecast(facts, &costs, &strategy), strategy }
     }
 
@@ -153,9 +157,25 @@ impl<'a> Climb<'a> {
         if options.postcopy.is_some() && !multifd_with_postcopy(source, destination) {
             return reject("post-copy is asked for, and these engines cannot do both");
         }
+        if self.may_come_to_postcopy() && !multifd_with_postcopy(source, destination) {
+            return reject(
+                "post-copy may be needed, for it is not known how fast the guest writes, and these engines \
+                 cannot do both",
+            );
+        }
         let cores = facts.source_cpu.cores.min(facts.destination_cpu.cores);
         let most = cores.clamp(limits::CONNECTIONS_DEFAULT, CHOSEN_CHANNELS_MAX);
         (1..=3).map(|power| 1_u8 << power).filter(|count| u64::from(*count) <= most).collect()
+    }
+
+    /// Whether post-copy is held in reserve before anything is known that speaks for or against it, and nothing that was
+    /// asked for speaks against it.
+    fn may_come_to_postcopy(&self) -> bool {
+        let Situation { facts, options, .. } = self.situation;
+        facts.dirty.windows.is_empty()
+            && options.mode != Mode::Static
+            && options.compression.is_none()
+            && self.postcopy_possible().is_ok()
     }
 
     /// Compressed streams: those that were asked for, or those that the census has tried where it is the

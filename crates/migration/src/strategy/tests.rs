@@ -145,6 +145,12 @@ fn compression_is_taken_where_the_network_holds_it_back_and_it_pays() {
     let plan = random.plan();
     assert_eq!(plan.strategy.rung, Rung::Plain);
     assert!(rejected(&plan, "zstd").contains("gains too little"));
+    // An old engine counts a limit by what is not compressed yet.
+    let limited = json!({"bandwidth_bytes_per_s": 20_000_000});
+    let mut slow = World::new(0, 0).compressible(3.0).asking(limited);
+    assert_eq!(slow.rung(), Rung::Compression);
+    slow.source = able("7.2.22");
+    assert_eq!(slow.rung(), Rung::Plain);
     let mut older = World::new(0, 0).compressible(3.0);
     older.source.compressions.remove("zstd");
     assert_eq!(older.rung(), Rung::Plain);
@@ -297,6 +303,32 @@ fn a_guest_whose_writing_is_not_known_has_postcopy_in_reserve_where_it_is_allowe
     assert_eq!(reserve("minimal-downtime", false), Some(PostcopyBegin::WhenStalled));
     assert_eq!(reserve("minimal-downtime", true), None);
     assert_eq!(reserve("balanced", false), None);
+}
+
+#[test]
+fn what_keeps_postcopy_out_is_not_chosen_while_it_may_be_needed() {
+    let world = |policy: &str, options: Value, measured: bool| {
+        let mut world = World::new(1, 10).compressible(3.0).under(policy).asking(options);
+        if !measured {
+            world.facts.dirty = DirtyMeasure::default();
+        }
+        world
+    };
+    let limited = || json!({"bandwidth_bytes_per_s": 20_000_000});
+    let plan = world("minimal-downtime", limited(), false).plan();
+    assert_eq!(plan.strategy.channels, None);
+    assert_eq!(plan.strategy.postcopy.unwrap().begin, PostcopyBegin::WhenStalled);
+    assert!(rejected(&plan, "parallel connections").contains("not known how fast"));
+    // It is known, it is not allowed, compression is asked for, or these engines can do both.
+    assert_eq!(world("minimal-downtime", limited(), true).rung(), Rung::Compression);
+    assert_eq!(world("balanced", limited(), false).rung(), Rung::Compression);
+    let asked = json!({"compression": {}});
+    assert_eq!(world("minimal-downtime", asked, false).rung(), Rung::Compression);
+    let mut newer = world("minimal-downtime", limited(), false);
+    (newer.source, newer.destination) = (able("10.1.0"), able("10.1.0"));
+    let plan = newer.plan();
+    assert_eq!(plan.strategy.rung, Rung::Compression);
+    assert_eq!(plan.strategy.postcopy.unwrap().begin, PostcopyBegin::WhenStalled);
 }
 
 #[test]
