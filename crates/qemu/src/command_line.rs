@@ -45,6 +45,10 @@ pub const DISKS_MAX: usize = 16;
 /// The longest serial number of a virtio disk that a guest sees, in bytes.
 pub const DISK_SERIAL_BYTES_MAX: usize = 20;
 
+/// The longest name of a disk, in bytes: QEMU (7.2, 10.0) refuses nodes with more than 31, and some of ours end in
+/// five more (`-file`, `-copy`, a number).
+pub const DISK_NAME_BYTES_MAX: usize = 26;
+
 /// The shape of one VM, as one QEMU is to run it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmSpec {
@@ -111,7 +115,7 @@ pub enum Boot {
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskSpec {
-    /// Its node name and id, `[a-z0-9-]`, unique within the VM.
+    /// Its node name and id, `[a-z0-9-]`, unique within the VM, at most [`DISK_NAME_BYTES_MAX`].
     pub node: String,
     /// The image.
     pub path: PathBuf,
@@ -369,19 +373,7 @@ fn add_disk(
     index: usize,
     disk: &DiskSpec,
 ) -> Result<(), SpecError> {
-    let cache = cache_of(disk.cache);
-    let mut node = json!({
-        "driver": disk.format.as_wire(), "node-name": disk.node,
-        "read-only": disk.read_only, "cache": cache, "discard": "unmap",
-        "file": {
-            "driver": "file", "node-name": format!("{}-file", disk.node),
-            "filename": utf8(&disk.path)?, "aio": "threads",
-            "read-only": disk.read_only, "cache": cache, "discard": "unmap",
-        },
-    });
-    if disk.format == DiskFormat::Qcow2 {
-        node["backing"] = layers(disk)?;
-    }
+    let node = image_node(disk)?;
     arguments.pair("-blockdev", node.to_string());
     let mut device = json!({
         "driver": "virtio-blk-pci", "id": format!("{}-device", disk.node), "drive": disk.node,
@@ -396,6 +388,24 @@ fn add_disk(
     }
     arguments.pair("-device", device.to_string());
     Ok(())
+}
+
+/// A disk's image as a node, with all below it. Also how one is opened by a running QEMU.
+pub(crate) fn image_node(disk: &DiskSpec) -> Result<Value, SpecError> {
+    let cache = cache_of(disk.cache);
+    let mut node = json!({
+        "driver": disk.format.as_wire(), "node-name": disk.node,
+        "read-only": disk.read_only, "cache": cache, "discard": "unmap",
+        "file": {
+            "driver": "file", "node-name": format!("{}-file", disk.node),
+            "filename": utf8(&disk.path)?, "aio": "threads",
+            "read-only": disk.read_only, "cache": cache, "discard": "unmap",
+        },
+    });
+    if disk.format == DiskFormat::Qcow2 {
+        node["backing"] = layers(disk)?;
+    }
+    Ok(node)
 }
 
 /// What a qcow2 image stands on, each layer in the one above. It is always said, `null` being nothing: without it QEMU opens what
@@ -496,6 +506,10 @@ fn check(spec: &VmSpec) -> Result<(), SpecError> {
         if !ids.insert(id) {
             return Err(SpecError::SameId { id: id.clone() });
         }
+    }
+    for node in spec.disks.iter().map(|disk| &disk.node) {
+        let fits = node.len() <= DISK_NAME_BYTES_MAX;
+        bounds("bytes of a disk's name", count(node.len()), fits, "1 to 26")?;
     }
     for serial in spec.disks.iter().filter_map(|disk| disk.serial.as_ref()) {
         let fits = serial.len() <= DISK_SERIAL_BYTES_MAX;

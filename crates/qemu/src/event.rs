@@ -97,10 +97,19 @@ pub enum EventKind {
         /// The job's id.
         device: String,
     },
+    /// A job has changed its state.
+    JobStatusChange {
+        /// The job's id.
+        id: String,
+        /// QEMU's word for the state, e.g. `ready`.
+        status: String,
+    },
     /// A block job met an I/O error.
     BlockJobError {
         /// The job's id.
         device: String,
+        /// `read` (of a mirror: its source) or `write` (its target).
+        operation: String,
         /// What QEMU does next: `ignore`, `report` or `stop`.
         action: String,
     },
@@ -206,7 +215,11 @@ impl Event {
             },
             "BLOCK_JOB_CANCELLED" => EventKind::BlockJobCancelled { device: text("device") },
             "BLOCK_JOB_ERROR" => {
-                EventKind::BlockJobError { device: text("device"), action: text("action") }
+                let (device, operation) = (text("device"), text("operation"));
+                EventKind::BlockJobError { device, operation, action: text("action") }
+            }
+            "JOB_STATUS_CHANGE" => {
+                EventKind::JobStatusChange { id: text("id"), status: text("status") }
             }
             "BLOCK_JOB_READY" => EventKind::BlockJobReady { device: text("device") },
             "BLOCK_IO_ERROR" => EventKind::BlockIoError {

@@ -9,6 +9,7 @@
 //!   event         what QEMU reports by itself
 //!   machine       typed commands to one running QEMU
 //!   migrate       the conversation of one migration, either side
+//!   disks         copied, moved, layered: what becomes of disks while QEMU runs
 //!   fake          an imitation of QEMU for tests (feature `fake`)
 //! ```
 //!
@@ -17,6 +18,7 @@
 //! versions on which they were seen; the tests in `tests/real_qemu.rs` run them again.
 
 pub mod command_line;
+pub mod disks;
 pub mod engine;
 pub mod event;
 #[cfg(feature = "fake")]

@@ -186,19 +186,6 @@ pub struct BlockDevice {
     pub virtual_size_bytes: Option<u64>,
 }
 
-/// One block job, from `query-jobs`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Job {
-    /// Its id.
-    pub id: String,
-    /// Its type, e.g. `mirror`.
-    pub kind: String,
-    /// Its status, e.g. `running`, `ready`, `concluded`.
-    pub status: String,
-    /// Its error; a job that concluded with one has failed.
-    pub error: Option<String>,
-}
-
 /// Rounds of announcements, as QEMU's own defaults for migrations have them (7.2, 10.0).
 const ANNOUNCE_INITIAL_MILLISECONDS: u64 = 50;
 const ANNOUNCE_MAX_MILLISECONDS: u64 = 550;
@@ -377,16 +364,6 @@ impl Machine {
             .unwrap_or_default())
     }
 
-    /// The jobs, concluded ones included until they are dismissed.
-    ///
-    /// # Errors
-    ///
-    /// [`QmpError`].
-    pub async fn query_jobs(&self) -> Result<Vec<Job>, QmpError> {
-        let answer = self.qmp.execute("query-jobs", Value::Null).await?;
-        Ok(answer.as_array().map(|list| list.iter().map(job).collect()).unwrap_or_default())
-    }
-
     /// The guest's memory, in bytes.
     ///
     /// # Errors
@@ -510,15 +487,6 @@ fn block_device(entry: &Value) -> BlockDevice {
     }
 }
 
-fn job(entry: &Value) -> Job {
-    Job {
-        id: text(entry, "/id").unwrap_or_default(),
-        kind: text(entry, "/type").unwrap_or_default(),
-        status: text(entry, "/status").unwrap_or_default(),
-        error: text(entry, "/error"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -557,7 +525,5 @@ mod tests {
         assert_eq!((bare.device.as_str(), bare.node, bare.read_only), ("", None, None));
         let by_path = block_device(&json!({ "device": "", "qdev": "/machine/x" }));
         assert_eq!(by_path.device, "/machine/x");
-        let failed = job(&json!({ "id": "m", "status": "concluded", "error": "No space" }));
-        assert_eq!(failed.error.as_deref(), Some("No space"));
     }
 }

@@ -22,7 +22,7 @@ pub mod outgoing;
 mod settings;
 pub mod state_file;
 mod statistics;
-mod tls;
+pub(crate) mod tls;
 
 pub use self::settings::{
     Compression, DEFAULT_MAX_DOWNTIME_MS, DEFAULT_XBZRLE_CACHE_BYTES, LiveChange,

@@ -56,8 +56,19 @@ pub const COMMAND_TIMEOUT_SECONDS: u64 = 10;
 
 /// Commands that may wait for the guest's disks, with the seconds they get. They flush or open
 /// images, which storage may delay far beyond what an ordinary command takes.
-pub const SLOW_COMMAND_TIMEOUT_SECONDS: &[(&str, u64)] =
-    &[("cont", 30), ("stop", 30), ("migrate-continue", 30), ("blockdev-add", 30), ("quit", 5)];
+pub const SLOW_COMMAND_TIMEOUT_SECONDS: &[(&str, u64)] = &[
+    ("cont", 30),
+    ("stop", 30),
+    ("migrate-continue", 30),
+    ("blockdev-add", 30),
+    ("blockdev-del", 30),
+    ("blockdev-mirror", 30),
+    ("job-complete", 30),
+    ("nbd-server-stop", 30),
+    ("transaction", 30),
+    ("snapshot-save", 30),
+    ("quit", 5),
+];
 
 /// Pause between two attempts to reach a socket that is not there yet.
 const CONNECT_RETRY_MILLISECONDS: u64 = 2;

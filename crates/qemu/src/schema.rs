@@ -62,6 +62,8 @@ pub struct Features {
     /// A guest whose disks are inactive can be sent: 10.0, which can also be told to make disks
     /// active or not (`blockdev-set-active` is the sign). 7.2 ends with a failed assertion.
     pub sends_inactive_disks: bool,
+    /// A mirror that copies in the background can be told to take part in the guest's writes (10.0).
+    pub mirror_mode_changes: bool,
     /// Every migration capability by its name, for the comparison of two ends.
     pub migration_capabilities: BTreeSet<String>,
 }
@@ -103,6 +105,9 @@ impl Features {
             avail_switchover_bandwidth: takes("avail-switchover-bandwidth"),
             zero_page_detection: takes("zero-page-detection"),
             sends_inactive_disks: schema.has_command("blockdev-set-active"),
+            mirror_mode_changes: schema
+                .words("block-job-change", "copy-mode")
+                .contains("write-blocking"),
             migration_capabilities,
         }
     }
@@ -146,20 +151,20 @@ impl Schema {
     }
 
     /// Whether the command takes the argument; `a/b` means member `b` within argument `a`, and
-    /// lists count as their elements.
+    /// lists count as their elements. Of variants, any will do.
     #[must_use]
     pub fn has_argument(&self, command: &str, path: &str) -> bool {
-        self.argument(command, path).is_some()
+        !self.argument(command, path).is_empty()
     }
 
     /// The words that an argument may have; empty where it is no enumeration or does not exist.
     #[must_use]
     pub fn words(&self, command: &str, path: &str) -> BTreeSet<String> {
-        let entity = self.argument(command, path).and_then(|name| self.element(name));
+        let types = self.argument(command, path);
+        let entities = types.into_iter().filter_map(|name| self.element(name));
         // `values` is what 7.2 tells too; `members` came beside it in 6.1.
-        let values = entity.and_then(|entity| entity.get("values")).and_then(Value::as_array);
-        let word = |value: &Value| value.as_str().map(str::to_owned);
-        values.map(|values| values.iter().filter_map(word).collect()).unwrap_or_default()
+        let values = entities.filter_map(|entity| entity.get("values")?.as_array()).flatten();
+        values.filter_map(|value| value.as_str().map(str::to_owned)).collect()
     }
 
     fn command(&self, name: &str) -> Option<&Value> {
@@ -167,41 +172,43 @@ impl Schema {
         (entity.get("meta-type") == Some(&json!("command"))).then_some(entity)
     }
 
-    /// The name of an argument's type.
-    fn argument(&self, command: &str, path: &str) -> Option<&str> {
-        let mut of_type = self.command(command)?.get("arg-type")?.as_str()?;
+    /// The names of an argument's types: one, but where variants differ in it.
+    fn argument(&self, command: &str, path: &str) -> BTreeSet<&str> {
+        let whole = self.command(command).and_then(|entity| entity.get("arg-type")?.as_str());
+        let mut types: BTreeSet<&str> = whole.into_iter().collect();
         for member in path.split('/') {
-            of_type = self.member(of_type, member, TYPE_DEPTH_MAX)?;
+            let mut found = BTreeSet::new();
+            for of_type in types {
+                self.member(of_type, member, TYPE_DEPTH_MAX, &mut found);
+            }
+            types = found;
         }
-        Some(of_type)
+        types
     }
 
-    /// The type of a member of an object type, of its variants, or of an alternate's branches.
-    fn member(&self, of_type: &str, name: &str, depth: usize) -> Option<&str> {
-        let depth = depth.checked_sub(1)?;
-        let entity = self.element(of_type)?;
+    /// Finds the types of a member of an object type, of its variants, or of an alternate's branches.
+    fn member<'a>(
+        &'a self,
+        of_type: &str,
+        name: &str,
+        depth: usize,
+        found: &mut BTreeSet<&'a str>,
+    ) {
+        let (Some(depth), Some(entity)) = (depth.checked_sub(1), self.element(of_type)) else {
+            return;
+        };
         let parts = |key: &str| {
             entity.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
         };
-        let type_of = |part: &'_ Value| -> Option<String> {
-            part.get("type").and_then(Value::as_str).map(str::to_owned)
-        };
-        for part in parts("members") {
-            if part.get("name").and_then(Value::as_str) == Some(name) {
-                return part.get("type").and_then(Value::as_str);
-            }
-        }
+        let type_of = |part: &'a Value| part.get("type").and_then(Value::as_str);
+        let named = |part: &&Value| part.get("name").and_then(Value::as_str) == Some(name);
+        found.extend(parts("members").iter().filter(named).filter_map(type_of));
         let alternate = entity.get("meta-type") == Some(&json!("alternate"));
         let branches =
             parts("variants").iter().chain(if alternate { parts("members") } else { &[] });
-        for branch in branches {
-            let Some(branch_type) = type_of(branch) else { continue };
-            let (known, _) = self.entities.get_key_value(&branch_type)?;
-            if let Some(found) = self.member(known, name, depth) {
-                return Some(found);
-            }
+        for branch in branches.filter_map(type_of) {
+            self.member(branch, name, depth, found);
         }
-        None
     }
 
     /// A type, or the type of its elements where it is a list.
@@ -235,6 +242,11 @@ mod tests {
             json!({"name": "6", "meta-type": "object", "members": [],
                 "variants": [{"case": "a", "type": "6"}]}),
             json!({"name": "7", "meta-type": "array", "element-type": "7"}),
+            json!({"name": "add", "meta-type": "command", "arg-type": "8"}),
+            json!({"name": "8", "meta-type": "object", "members": [],
+                "variants": [{"case": "a", "type": "9"}, {"case": "b", "type": "10"}]}),
+            json!({"name": "9", "meta-type": "object", "members": [{"name": "data", "type": "5"}]}),
+            json!({"name": "10", "meta-type": "object", "members": [{"name": "data", "type": "4"}]}),
             json!({"nameless": true}),
         ])
     }
@@ -251,6 +263,11 @@ mod tests {
         assert_eq!(words, ["a", "b"]);
         assert!(schema.words("migrate", "list").is_empty());
         assert!(!schema.has_argument("nothing", "at-all"));
+        // Each variant has a member of one name, with other members below it.
+        assert!(
+            schema.has_argument("add", "data/extra") && schema.has_argument("add", "data/word")
+        );
+        assert!(!schema.has_argument("add", "data/kind"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! QEMU's TLS objects for one migration, and the names they have in QEMU.
+//! QEMU's TLS objects for one migration, its memory's and its disks', and the names they have in QEMU.
 //!
 //! Seen on 7.2 and 10.0: keys and certificates of ECDSA P-256 in PKCS#8 PEM are taken (a critical
 //! key usage must have key encipherment beside digital signature); a peer
@@ -19,11 +19,21 @@ use super::outgoing::OutgoingTls;
 use crate::machine::Machine;
 use crate::qmp::QmpError;
 
-/// Id of the credentials object.
-const CREDENTIALS_ID: &str = "migration-tls";
+/// The ids of the objects of one connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Objects {
+    /// The credentials.
+    pub(crate) credentials: &'static str,
+    /// What holds whom to let in.
+    pub(crate) authorization: &'static str,
+}
 
-/// Id of the object that holds whom to let in.
-const AUTHORIZATION_ID: &str = "migration-authz";
+/// For the guest's memory.
+const MEMORY: Objects = Objects { credentials: "migration-tls", authorization: "migration-authz" };
+
+/// For its disks.
+pub(crate) const DISKS: Objects =
+    Objects { credentials: "disks-tls", authorization: "disks-authz" };
 
 /// The parameters of Diffie-Hellman key exchanges (group ffdhe2048 of RFC 7919; nothing secret).
 ///
@@ -39,16 +49,26 @@ pub(super) async fn make_server(
     machine: &Machine,
     tls: &IncomingTls,
 ) -> Result<Map<String, Value>, QmpError> {
-    remove(machine).await?;
+    make_server_as(machine, MEMORY, tls).await?;
+    let pairs = [("tls-creds", MEMORY.credentials), ("tls-authz", MEMORY.authorization)];
+    Ok(parameters(&pairs))
+}
+
+/// Makes the objects of a destination.
+pub(crate) async fn make_server_as(
+    machine: &Machine,
+    objects: Objects,
+    tls: &IncomingTls,
+) -> Result<(), QmpError> {
+    remove_as(machine, objects).await?;
     if let Err(error) = add_key_exchange(&tls.credentials_dir) {
         tracing::warn!(%error, "QEMU will look for a prime, which takes a while");
     }
     let dir = tls.credentials_dir.to_string_lossy();
     let credentials = json!({ "dir": dir, "endpoint": "server", "verify-peer": true });
-    machine.object_add("tls-creds-x509", CREDENTIALS_ID, credentials).await?;
+    machine.object_add("tls-creds-x509", objects.credentials, credentials).await?;
     let identity = json!({ "identity": tls.authorized_dn });
-    machine.object_add("authz-simple", AUTHORIZATION_ID, identity).await?;
-    Ok(parameters(&[("tls-creds", CREDENTIALS_ID), ("tls-authz", AUTHORIZATION_ID)]))
+    machine.object_add("authz-simple", objects.authorization, identity).await
 }
 
 /// Puts the parameters of the key exchange into the folder, unless there are some.
@@ -70,17 +90,31 @@ pub(super) async fn make_client(
     machine: &Machine,
     tls: &OutgoingTls,
 ) -> Result<Map<String, Value>, QmpError> {
-    remove(machine).await?;
+    make_client_as(machine, MEMORY, tls).await?;
+    Ok(parameters(&[("tls-creds", MEMORY.credentials), ("tls-hostname", &tls.hostname)]))
+}
+
+/// Makes the object of a source.
+pub(crate) async fn make_client_as(
+    machine: &Machine,
+    objects: Objects,
+    tls: &OutgoingTls,
+) -> Result<(), QmpError> {
+    remove_as(machine, objects).await?;
     let dir = tls.credentials_dir.to_string_lossy();
     let credentials = json!({ "dir": dir, "endpoint": "client", "verify-peer": true });
-    machine.object_add("tls-creds-x509", CREDENTIALS_ID, credentials).await?;
-    Ok(parameters(&[("tls-creds", CREDENTIALS_ID), ("tls-hostname", &tls.hostname)]))
+    machine.object_add("tls-creds-x509", objects.credentials, credentials).await
 }
 
 /// Removes the objects of an earlier try, if there are any.
 pub(super) async fn remove(machine: &Machine) -> Result<(), QmpError> {
-    machine.object_del(CREDENTIALS_ID).await?;
-    machine.object_del(AUTHORIZATION_ID).await
+    remove_as(machine, MEMORY).await
+}
+
+/// As [`remove`], for these objects.
+pub(crate) async fn remove_as(machine: &Machine, objects: Objects) -> Result<(), QmpError> {
+    machine.object_del(objects.credentials).await?;
+    machine.object_del(objects.authorization).await
 }
 
 fn parameters(pairs: &[(&str, &str)]) -> Map<String, Value> {

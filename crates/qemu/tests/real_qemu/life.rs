@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use whimbrel_qemu::disks::jobs;
 use whimbrel_qemu::engine::{self, Accelerator};
 use whimbrel_qemu::event::EventKind;
 use whimbrel_qemu::machine::{Machine, MachineError, RunState};
@@ -95,7 +96,7 @@ async fn a_guest_survives_its_agent_and_is_found_again() {
         event(&mut events, &EventKind::Powerdown).await;
         // Under TCG the block is a little larger.
         assert!(machine.query_memory_bytes().await.unwrap() >= Some(64 << 20));
-        assert_eq!(machine.query_jobs().await.unwrap(), []);
+        assert_eq!(jobs::query(&machine).await.unwrap(), []);
 
         machine.quit().await.unwrap();
         soon(process.wait_exit()).await;
