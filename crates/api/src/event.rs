@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use whimbrel_migration::names::{Name, VmId};
 
 use crate::migration::Migration;
+use crate::policy::{AppliedPolicy, PolicyStatus};
 use crate::pool::{Host, Network, Storage};
 use crate::vm::Vm;
 
@@ -43,6 +44,24 @@ pub enum Event {
         id: VmId,
         /// Its name.
         name: Name,
+    },
+    /// A policy was made or changed.
+    Policy {
+        /// The policy.
+        policy: PolicyStatus,
+    },
+    /// A policy was deleted.
+    PolicyDeleted {
+        /// Its name.
+        name: Name,
+    },
+    /// Another policy applies where a request says none. A stream begins with that of the pool and those that VMs have of their own.
+    PolicyApplied {
+        /// To which VM; to the pool, and to every VM that has none of its own, without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<VmId>,
+        /// The policy, and where it comes from.
+        applied: AppliedPolicy,
     },
     /// A migration began, went on or ended.
     Migration {

@@ -3,6 +3,7 @@
 //! What a policy says is [`whimbrel_migration::policy`]'s matter. A migration keeps the name of the one under which it began:
 //! as long as one is active, its policy cannot be deleted.
 
+use whimbrel_api::event::Event;
 use whimbrel_api::migration::OptionProblem;
 use whimbrel_api::policy::{
     AppliedPolicy, AttachPolicy, DEFAULT_POLICY, Policy, PolicyOrigin, PolicyStatus,
@@ -44,7 +45,9 @@ pub(crate) async fn put(
         let message = format!("a pool has at most {POLICIES_MAX} policies of its own");
         return Err(ApiError::new(ErrorCode::NoResources, message).hint("delete one first"));
     }
-    Ok(status(policy.clone(), false))
+    let made = status(policy.clone(), false);
+    controller.events().publish(Event::Policy { policy: made.clone() });
+    Ok(made)
 }
 
 /// Deletes a policy that nothing uses.
@@ -60,7 +63,10 @@ pub(crate) async fn delete(controller: &Controller, name: &Name) -> Result<(), A
         return Err(ApiError::new(ErrorCode::InUse, message).hint("wait for its end"));
     }
     match store.delete_policy(name).await? {
-        PolicyDeleted::Gone => Ok(()),
+        PolicyDeleted::Gone => {
+            controller.events().publish(Event::PolicyDeleted { name: name.clone() });
+            Ok(())
+        }
         PolicyDeleted::Attached { pool, vms } => {
             let what = match (pool, vms) {
                 (true, 0) => "the pool".to_owned(),
@@ -82,8 +88,32 @@ pub(crate) async fn attach(
     let policy = attach.policy.as_ref();
     match (controller.store().attach_policy(subject, policy).await?, policy) {
         (Attached::NoPolicy, Some(name)) => Err(unknown(name)),
-        (Attached::NoPolicy | Attached::Done, _) => attached(controller, subject).await,
+        (Attached::NoPolicy | Attached::Done, _) => {
+            let applied = attached(controller, subject).await?;
+            controller.events().publish(event(subject, applied.clone()));
+            Ok(applied)
+        }
     }
+}
+
+/// The events that tell a new reader of the policies: all of them, and what applies where.
+pub(crate) async fn events(controller: &Controller) -> Result<Vec<Event>, ApiError> {
+    let mut all: Vec<Event> =
+        list(controller).await?.into_iter().map(|policy| Event::Policy { policy }).collect();
+    all.push(event(Subject::Pool, attached(controller, Subject::Pool).await?));
+    let of_vms = controller.store().policies_of_vms().await?.into_iter();
+    all.extend(of_vms.map(|(vm, policy)| {
+        event(Subject::Vm(vm), AppliedPolicy { policy, origin: PolicyOrigin::Vm })
+    }));
+    Ok(all)
+}
+
+fn event(subject: Subject, applied: AppliedPolicy) -> Event {
+    let vm = match subject {
+        Subject::Pool => None,
+        Subject::Vm(id) => Some(id),
+    };
+    Event::PolicyApplied { vm, applied }
 }
 
 /// What applies where a request says nothing: to a VM, or to the pool.

@@ -22,6 +22,7 @@ use whimbrel_api::ApiError;
 use whimbrel_api::event::Event;
 
 use super::Shared;
+use crate::policies;
 
 /// How often a stream without news sends a sign of life, in seconds; readers wait three times as long.
 const KEEP_ALIVE_SECONDS: u64 = 5;
@@ -79,6 +80,7 @@ async fn everything(controller: &Shared) -> Result<VecDeque<Arc<Event>>, ApiErro
     all.extend(hosts.iter().map(|member| Event::Host { host: member.view() }));
     all.extend(store.networks().await?.into_iter().map(|network| Event::Network { network }));
     all.extend(store.storages().await?.into_iter().map(|storage| Event::Storage { storage }));
+    all.extend(policies::events(controller).await?);
     let vms = store.vms().await?;
     all.extend(vms.iter().map(|row| Event::Vm { vm: controller.view(row) }));
     for stored in store.active_migrations().await? {

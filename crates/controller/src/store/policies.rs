@@ -146,6 +146,20 @@ impl Store {
         .await
     }
 
+    /// The VMs that have a policy of their own, with its name.
+    pub async fn policies_of_vms(&self) -> Result<Vec<(VmId, Name)>, StoreError> {
+        self.transact("list the attached policies", |transaction| {
+            let sql = "SELECT subject, policy FROM attached_policies WHERE subject <> ?1 ORDER BY subject";
+            let mut query = transaction.prepare(sql)?;
+            let rows = query.query_and_then([POOL], |row| {
+                let (vm, policy): (String, String) = (row.get(0)?, row.get(1)?);
+                Ok::<_, Fault>((parsed(&vm)?, parsed(&policy)?))
+            })?;
+            rows.collect()
+        })
+        .await
+    }
+
     /// The name of the policy that is attached to something.
     pub async fn attached_policy(&self, subject: Subject) -> Result<Option<Name>, StoreError> {
         let key = subject.key();

@@ -203,7 +203,7 @@ async fn records_outlive_the_process_and_a_newer_schema_is_refused() {
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.pragma_update(None, "user_version", 99).unwrap();
     match Store::open(&path).unwrap_err() {
-        StoreError::Newer { found: 99, known: 2 } => {}
+        StoreError::Newer { found: 99, known: 3 } => {}
         other => panic!("{other}"),
     }
 }

@@ -1,7 +1,8 @@
 //! Policies through the API: made, attached, looked up in order, and kept as long as something uses them.
 
+use whimbrel_api::event::Event;
 use whimbrel_api::policy::{AttachPolicy, Consent, Policy, PolicyOrigin};
-use whimbrel_api::{ApiError, ErrorCode};
+use whimbrel_api::{ApiError, ErrorCode, VmId};
 
 use super::migrations::{follow, to, two_hosts};
 use super::rig::name;
@@ -60,6 +61,59 @@ async fn the_nearest_policy_applies() {
     request.options.policy = Some(name("no-postcopy"));
     let admitted = rig.client.migrate(&request).await.unwrap();
     assert_eq!(admitted.policy, Some(name("no-postcopy")), "what is asked for goes before all");
+}
+
+#[tokio::test]
+async fn whoever_follows_events_hears_of_policies() {
+    let (rig, _a, _b) = two_hosts().await;
+    let vm = rig.client.vm("web01").await.unwrap().id;
+    rig.client.put_policy(&own("gold")).await.unwrap();
+    rig.client.attach_vm_policy("web01", &attach("gold")).await.unwrap();
+    let mut events = rig.client.events().await.unwrap();
+    // What is there, up to the VM's own: the last that is told of policies.
+    let mut told = Vec::new();
+    while !matches!(told.last(), Some(Event::PolicyApplied { vm: Some(_), .. })) {
+        told.push(events.next().await.unwrap().unwrap());
+    }
+    let known: Vec<String> = told.iter().filter_map(policy_of).collect();
+    assert_eq!(known.len(), Policy::built_in().len() + 1, "{known:?}");
+    assert_eq!(applied_of(&told[told.len() - 2]), Some((None, "balanced".to_owned())));
+    assert_eq!(applied_of(&told[told.len() - 1]), Some((Some(vm), "gold".to_owned())));
+
+    let mut next = async || loop {
+        let event = events.next().await.unwrap().unwrap();
+        let of_policies = matches!(event, Event::PolicyDeleted { .. })
+            || policy_of(&event).or(applied_of(&event).map(|(_, name)| name)).is_some();
+        if of_policies {
+            return event;
+        }
+    };
+    rig.client.put_policy(&Policy { max_downtime_ms: 70, ..own("gold") }).await.unwrap();
+    let changed = next().await;
+    assert!(
+        matches!(&changed, Event::Policy { policy } if policy.policy.max_downtime_ms == 70),
+        "{changed:?}"
+    );
+    rig.client.attach_vm_policy("web01", &AttachPolicy::default()).await.unwrap();
+    assert_eq!(applied_of(&next().await), Some((Some(vm), "balanced".to_owned())));
+    rig.client.attach_pool_policy(&attach("must-finish")).await.unwrap();
+    assert_eq!(applied_of(&next().await), Some((None, "must-finish".to_owned())));
+    rig.client.delete_policy(&name("gold")).await.unwrap();
+    assert_eq!(next().await, Event::PolicyDeleted { name: name("gold") });
+}
+
+fn policy_of(event: &Event) -> Option<String> {
+    match event {
+        Event::Policy { policy } => Some(policy.policy.name.to_string()),
+        _ => None,
+    }
+}
+
+fn applied_of(event: &Event) -> Option<(Option<VmId>, String)> {
+    match event {
+        Event::PolicyApplied { vm, applied } => Some((*vm, applied.policy.to_string())),
+        _ => None,
+    }
 }
 
 #[tokio::test]

@@ -38,7 +38,8 @@ async fn a_pool_has_one_controller_and_its_socket_is_its_owners() {
     let mut events = client.events().await.unwrap();
     drop(end);
     running.await.unwrap().unwrap();
-    assert!(matches!(events.next().await, Ok(None) | Err(_)), "streams end with it");
+    // What there was to tell is still on its way.
+    while let Ok(Some(_)) = events.next().await {}
     assert!(!socket.exists());
     let third = run_until(config, std::future::ready(()));
     third.await.unwrap();
