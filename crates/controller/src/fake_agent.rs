@@ -47,6 +47,8 @@ pub enum Pace {
     Fails(Duration, Stay),
     /// The copying goes on until it is cancelled.
     Hangs,
+    /// The same with the guest standing still, about to be handed over.
+    HangsInSwitchover,
 }
 
 /// All fake hosts, and what they share.
@@ -388,6 +390,15 @@ impl FakeAgent {
             let network = state.networks.keys().any(|name| name.as_str() == network);
             (network, state.storages.keys().any(|name| name.as_str() == storage))
         })
+    }
+
+    /// Lets a migration go on that hangs.
+    pub fn complete(&self, id: MigrationId) {
+        self.world.with(&self.name, |state| {
+            if let Some(outgoing) = state.outgoing.get(&id) {
+                outgoing.complete.notify_one();
+            }
+        });
     }
 
     /// How often a call whose "METHOD /path" begins with `call` came.

@@ -5,6 +5,7 @@ mod hosts;
 mod joining;
 mod metrics;
 mod migrations;
+mod phases;
 mod plans;
 mod policies;
 mod process;

@@ -131,8 +131,11 @@ impl Copy {
         let pace = host.world.lock().pace.clone();
         let progress = Progress { ram_total_bytes: 1 << 30, passes: 1, ..Progress::default() };
         self.report.send_modify(|report| report.progress = Some(progress));
+        if matches!(pace, Pace::HangsInSwitchover) {
+            self.report.send_modify(|report| report.phase = Phase::Switchover);
+        }
         let why = match pace {
-            Pace::Hangs => match self.hang(&host).await {
+            Pace::Hangs | Pace::HangsInSwitchover => match self.hang(&host).await {
                 Ok(()) => return,
                 Err(why) => why,
             },

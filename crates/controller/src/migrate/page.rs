@@ -196,7 +196,11 @@ impl Page {
 
     /// Records that a phase begins, before anything of it is asked for.
     pub(super) async fn enter(&mut self, phase: Phase) -> Result<(), Stay> {
-        self.take_cancels()?;
+        self.take_cancels().await?;
+        // An earlier controller may have heard it and died.
+        if self.record.cancel_requested {
+            return Err(Stay::Cancelled);
+        }
         self.mark_phase(phase);
         let saved = self.controller.save_migration(&self.record).await;
         saved.map_err(|error| failed(phase, &error))
@@ -281,24 +285,26 @@ impl Page {
         loop {
             tokio::select! {
                 biased;
-                wish = self.next_wish() => self.accept(wish)?,
+                wish = self.next_wish() => self.accept(wish).await?,
                 done = &mut work => return Ok(done),
             }
         }
     }
 
-    fn take_cancels(&mut self) -> Result<(), Stay> {
+    async fn take_cancels(&mut self) -> Result<(), Stay> {
         while let Ok(wish) = self.wishes.try_recv() {
-            self.accept(wish)?;
+            self.accept(wish).await?;
         }
         Ok(())
     }
 
-    /// Does what is wished before the source has been asked: a cancel ends it.
-    fn accept(&mut self, wish: Wish) -> Result<(), Stay> {
+    /// Does what is wished before the source has been asked: a cancel ends it, and is written down before it is answered, for
+    /// only this record knows of it.
+    async fn accept(&mut self, wish: Wish) -> Result<(), Stay> {
         match wish {
             Wish::Cancel(answer) => {
                 self.record.cancel_requested = true;
+                self.save().await;
                 // Whoever asked may have gone.
                 let _gone = answer.send(Ok(()));
                 Err(Stay::Cancelled)
