@@ -40,13 +40,24 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
             )
         })?;
         let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
-        serde_json::from_slice(text).map(Body).map_err(|error| {
-            ApiError::new(
-                ErrorCode::BadRequest,
-                format!("the body is not what this call takes: {error}"),
-            )
+        read(text).map(Body).map_err(|why| {
+            let message = format!("the body is not what this call takes: {why}");
+            ApiError::new(ErrorCode::BadRequest, message)
         })
     }
+}
+
+/// Reads JSON. An error names the field that it is in, by its path.
+fn read<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
+    let mut json = serde_json::Deserializer::from_slice(text);
+    let read = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        match error.path().iter().next() {
+            Some(_) => format!("{}: {}", error.path(), error.inner()),
+            None => error.inner().to_string(),
+        }
+    })?;
+    json.end().map_err(|error| error.to_string())?;
+    Ok(read)
 }
 
 /// A part of the path, such as a name or an id.
