@@ -29,6 +29,8 @@ use crate::strategy::{PostcopyBegin, Strategy};
 pub const MARGIN_PERCENT: f64 = 15.0;
 /// Margins beyond this, in percent, are told as this.
 pub const MARGIN_MAX_PERCENT: f64 = 900.0;
+/// The same below 0: what does not converge at a hundredth of the guest's writing.
+pub const MARGIN_MIN_PERCENT: f64 = (PACE_MIN - 1.0) * 100.0;
 /// Halvings of the search for the limit: good to a thousandth of it.
 const MARGIN_STEPS: u32 = 16;
 /// Slowest pace that is looked at for the limit, as a share of what was measured.
@@ -53,7 +55,7 @@ pub struct Forecast {
     pub convergence: Convergence,
     /// How far from the limit, in percent of the dirty rate: the guest could write so much faster and
     /// it would still converge; below 0, it must write so much less. None where convergence is not a
-    /// question (post-copy, static).
+    /// question (post-copy, static). 900 and -99 are where it is not looked further: at least so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub margin_percent: Option<f64>,
     /// From the command to the end of the copy: the guest on the destination with all its memory, in
@@ -300,7 +302,7 @@ fn margin_percent(course: &Course<'_>, strategy: &Strategy, converged: bool) -> 
         (1.0, most)
     } else {
         if !converges(PACE_MIN) {
-            return (PACE_MIN - 1.0) * 100.0;
+            return MARGIN_MIN_PERCENT;
         }
         (PACE_MIN, 1.0)
     };

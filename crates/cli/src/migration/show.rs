@@ -6,7 +6,7 @@ use whimbrel_api::migration::{
     Sample,
 };
 use whimbrel_api::vm::Bytes;
-use whimbrel_migration::forecast::Convergence;
+use whimbrel_migration::forecast::{Convergence, MARGIN_MAX_PERCENT, MARGIN_MIN_PERCENT};
 
 use crate::command::Options;
 use crate::failure::{Failure, verdict_lines};
@@ -132,7 +132,7 @@ fn comparison(record: &Migration) -> Vec<String> {
     if lines.len() > 1 { lines } else { Vec::new() }
 }
 
-/// Whether it converges, and how far that is from the limit.
+/// Whether it converges, and how far that is from the limit. What is told as the farthest that is looked at may be farther.
 pub(crate) fn converges(forecast: &Forecast) -> String {
     let word = match forecast.convergence {
         Convergence::Yes => "yes",
@@ -140,6 +140,8 @@ pub(crate) fn converges(forecast: &Forecast) -> String {
         Convergence::No => "no",
     };
     match forecast.margin_percent {
+        Some(margin) if margin >= MARGIN_MAX_PERCENT => format!("{word} (at least {margin:+.0} %)"),
+        Some(margin) if margin <= MARGIN_MIN_PERCENT => format!("{word} ({margin:+.0} % or less)"),
         Some(margin) => format!("{word} ({margin:+.0} %)"),
         None => word.to_owned(),
     }

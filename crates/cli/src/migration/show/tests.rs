@@ -107,3 +107,19 @@ fn plots_have_a_bound_and_stand_still_at_nothing() {
     assert_eq!(plot(&[u64::MAX; 600], u64::MAX).chars().count(), PLOT_WIDTH);
     assert_eq!(plots(&samples()[..1]), [""; 0]);
 }
+
+#[test]
+fn a_margin_that_was_not_looked_at_further_is_told_as_a_bound() {
+    let told = |convergence: &str, margin: Option<f64>| {
+        let mut forecast = full().forecast.unwrap();
+        forecast.convergence = serde_json::from_value(json!(convergence)).unwrap();
+        forecast.margin_percent = margin;
+        converges(&forecast)
+    };
+    assert_eq!(told("yes", Some(899.4)), "yes (+899 %)");
+    assert_eq!(told("yes", Some(MARGIN_MAX_PERCENT)), "yes (at least +900 %)");
+    assert_eq!(told("no", Some(-98.2)), "no (-98 %)");
+    assert_eq!(told("no", Some(MARGIN_MIN_PERCENT)), "no (-99 % or less)");
+    assert_eq!(told("no", Some(-99.0)), "no (-99 % or less)");
+    assert_eq!(told("no", None), "no");
+}
