@@ -50,8 +50,10 @@
 //! | `POST /v1/incoming/{migration}/superseded` | controller | [`Superseded`] → [`SupersededReport`], or `busy` while the migration is open there |
 //! | `DELETE /v1/outgoing/{migration}` | controller | retire: the record has moved, forget the VM |
 
+mod disks;
 mod moving;
 
+pub use disks::{DiskExport, DiskOffer, ReceiveDisks, Sends};
 pub use moving::{
     Handoff, IncomingOffer, IncomingReport, IncomingRequest, IncomingStatistics, ListenAgain,
     NewAddress, OutgoingEnd, OutgoingReport, OutgoingRequest, Receive, ReceivePostcopy,

@@ -2,7 +2,7 @@
 //!
 //! Two interfaces, both HTTP/1.1 + JSON over mutual TLS, both under `/v1`:
 //!
-//! - the **public API** of a pool ([`vm`], [`lineage`], [`pool`], [`migration`], [`plan`], [`policy`]): served by the controller, used by the command line
+//! - the **public API** of a pool ([`vm`], [`lineage`], [`pool`], [`migration`], [`disks`], [`plan`], [`policy`]): served by the controller, used by the command line
 //!   and by nothing privileged beside it. Its OpenAPI document is checked in under `openapi/`;
 //! - the **agent API** ([`agent`]): served by each host's agent, used by the controller and by other agents.
 //!
@@ -12,6 +12,7 @@
 
 pub mod agent;
 pub mod client;
+pub mod disks;
 pub mod error;
 pub mod event;
 pub mod lineage;

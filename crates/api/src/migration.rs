@@ -11,8 +11,8 @@ use whimbrel_migration::downtime::Downtime;
 pub use whimbrel_migration::forecast::Forecast;
 use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
 pub use whimbrel_migration::options::{
-    AutoConverge, Compression, CompressionMethod, MigrateOptions, Mode, OptionProblem, Postcopy,
-    ProblemCode, Timeout, TimeoutAction, limits,
+    AutoConverge, Compression, CompressionMethod, DiskOptions, DiskTarget, MigrateOptions, Mode,
+    OptionProblem, Originals, OtherDisks, Postcopy, ProblemCode, Timeout, TimeoutAction, limits,
 };
 use whimbrel_migration::phase::Phase;
 use whimbrel_migration::preflight::Verdict;
@@ -20,6 +20,8 @@ pub use whimbrel_migration::strategy::{
     CompressionSetting, Decision, PostcopyBegin, PostcopySetting, Rejection, Rung, Strategy,
     ThrottleSetting,
 };
+
+use crate::disks::{DiskMove, DiskProgress};
 
 /// Most decisions that are kept of one migration: the first ones and the latest.
 pub const DECISIONS_MAX: usize = 32;
@@ -171,6 +173,9 @@ pub struct Migration {
     pub reclaim: Option<Reclaim>,
     /// What preflight said, warnings included.
     pub verdicts: Vec<Verdict>,
+    /// The disks that are copied, and where to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskMove>,
     /// The policy under which it goes; none in records that are older than policies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<Name>,
@@ -298,6 +303,9 @@ pub struct Progress {
     /// The cache of xbzrle, where it is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub xbzrle: Option<XbzrleProgress>,
+    /// The disks that are copied.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskProgress>,
 }
 
 /// The figures of xbzrle.

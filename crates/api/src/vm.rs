@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
+pub use whimbrel_migration::disks::ImageFormat;
 use whimbrel_migration::names::{Epoch, MigrationId, Name, VmId};
 
 use crate::lineage::{Layer, Origin, Snapshot};
@@ -179,28 +180,6 @@ impl<'de> Deserialize<'de> for StoragePath {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         text.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-/// How an image is laid out. Always said, never probed: probing lets a guest turn its raw disk into a qcow2 with a backing
-/// file of its choice (CVE-2015-1851, CVE-2024-32498).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum ImageFormat {
-    /// QEMU's own format; sparse, snapshots.
-    #[default]
-    Qcow2,
-    /// The bytes as they are.
-    Raw,
-}
-
-impl ImageFormat {
-    /// QEMU's name of the format, which is also the file's ending.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            ImageFormat::Qcow2 => "qcow2",
-            ImageFormat::Raw => "raw",
-        }
     }
 }
 

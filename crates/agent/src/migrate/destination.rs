@@ -287,7 +287,8 @@ impl Arrival {
                 self.target = Some(target);
                 let start_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                 let agent = self.host.config.advertised();
-                let offer = IncomingOffer { address, agent, ticket: self.ticket.clone(), start_ms };
+                let (ticket, disks) = (self.ticket.clone(), None);
+                let offer = IncomingOffer { address, agent, ticket, start_ms, disks };
                 self.tell_offer(offer).await;
                 None
             }
@@ -553,7 +554,10 @@ impl Side for Arrival {
                 self.resume_guest().await;
                 None
             }
+            Action::CloseExports => None,
             Action::BeginCopy
+            | Action::SettleDisks
+            | Action::FinishCopy
             | Action::StopCopy
             | Action::QuitSource
             | Action::AcceptCancel

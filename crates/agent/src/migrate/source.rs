@@ -488,7 +488,12 @@ impl Side for Departure {
             Action::RefuseCancel => self.answer_cancels(false),
             Action::RaiseUnresolved => self.raise_unresolved().await,
             Action::Settle(outcome) => self.settle(outcome),
+            Action::SettleDisks | Action::FinishCopy => {
+                let message = "this agent copies no disks along".to_owned();
+                return Some(self.failed(Phase::Switchover, ErrorCode::Internal, message));
+            }
             Action::StartTarget
+            | Action::CloseExports
             | Action::CloseListeners
             | Action::ContinueGuest
             | Action::KillTarget

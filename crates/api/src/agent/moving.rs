@@ -16,6 +16,7 @@ use whimbrel_migration::policy::Policy;
 use whimbrel_migration::strategy::{CompressionSetting, Decision, Strategy};
 use whimbrel_pki::grant::SignedGrant;
 
+use super::disks::{DiskOffer, ReceiveDisks};
 use crate::migration::{MigrateOptions, PostcopyReport, Progress, Stay};
 use crate::vm::{VmDefinition, VmState};
 
@@ -75,11 +76,21 @@ pub struct ReceiveSettings {
     /// The address to listen at and to offer, an IP address or a host name of this host; that of its configuration without it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
+    /// The disks that come with it.
+    #[serde(skip_serializing_if = "is_default")]
+    pub disks: ReceiveDisks,
 }
 
 impl Default for ReceiveSettings {
     fn default() -> Self {
-        Self { channels: None, compression: None, postcopy: None, tls: true, listen: None }
+        Self {
+            channels: None,
+            compression: None,
+            postcopy: None,
+            tls: true,
+            listen: None,
+            disks: ReceiveDisks::default(),
+        }
     }
 }
 
@@ -95,8 +106,13 @@ impl ReceiveSettings {
                 .map(|postcopy| ReceivePostcopy { preempt: postcopy.preempt }),
             tls: strategy.tls,
             listen,
+            disks: ReceiveDisks::default(),
         }
     }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// How post-copy is received.
@@ -119,6 +135,9 @@ pub struct IncomingOffer {
     pub ticket: String,
     /// Spawn to listening, in milliseconds.
     pub start_ms: u64,
+    /// Where its disks are taken in, if some come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<DiskOffer>,
 }
 
 /// How the destination's side is.

@@ -51,6 +51,7 @@ async fn put_incoming(
         agent: format!("{}:0", host.name),
         ticket: format!("ticket-{id}"),
         start_ms: 1,
+        disks: None,
     }))
 }
 

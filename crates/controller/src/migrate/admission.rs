@@ -137,6 +137,7 @@ impl Admitted {
             cancel_requested: false,
             reclaim: None,
             verdicts: examined.verdicts,
+            disks: Vec::new(),
             policy: Some(policy.name),
             strategy,
             forecast,

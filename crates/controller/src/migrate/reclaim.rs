@@ -27,7 +27,7 @@ pub async fn reclaim(
     by: String,
 ) -> Result<Migration, ApiError> {
     let record = controller.migration(id).await?;
-    fits(&record)?;
+    fits(&record, statement)?;
     let word = Reclaim { statement, by, at: Timestamp::now(), guest_was_there: None };
     if !controller.running().ask(id, |answer| Wish::Reclaim(word, answer)).await? {
         return Err(ApiError::new(ErrorCode::Busy, "nobody leads this migration at the moment"));
@@ -35,11 +35,21 @@ pub async fn reclaim(
     controller.migration(id).await
 }
 
-/// Whether the operator's word means anything: of a VM that was given away, to a host that does not answer.
-fn fits(record: &Migration) -> Result<(), ApiError> {
+/// Whether the operator's word means anything, of a VM that was given away, to a host that does not answer; and whether it can
+/// be honest: where disks were copied the guest may have written to the destination's, and no fence brings that back.
+fn fits(record: &Migration, statement: Statement) -> Result<(), ApiError> {
     let (vm, destination) = (&record.vm_name, &record.destination);
     let (message, hint) = match &record.state {
-        MigrationState::Unresolved { ask } if ask == destination => return Ok(()),
+        MigrationState::Unresolved { ask } if ask == destination => {
+            if statement == Statement::HostIsFenced && !record.disks.is_empty() {
+                let message = format!(
+                    "{vm} has taken its disks to {destination}: what it may have written there is on no other disk"
+                );
+                let hint = "`--accept-data-loss` starts it from the disks on its source, as they were when it left";
+                return Err(ApiError::new(ErrorCode::WrongState, message).hint(hint));
+            }
+            return Ok(());
+        }
         MigrationState::Unresolved { ask } => (
             format!(
                 "whether {vm} was given to {destination} only {ask} knows, and it does not answer"
@@ -64,7 +74,7 @@ pub(super) fn was_taken_back(record: &Migration) -> bool {
 impl Page {
     /// Takes the word down and brings it to the source. One that the source refuses is taken out again.
     pub(super) async fn reclaim(&mut self, word: Reclaim) -> Result<(), ApiError> {
-        fits(&self.record)?;
+        fits(&self.record, word.statement)?;
         let first = self.record.reclaim.is_none();
         let statement = self.record.reclaim.get_or_insert(word).statement;
         if let Err(error) = self.controller.save_migration(&self.record).await {
@@ -152,4 +162,34 @@ pub(super) async fn tell_former_owner(
             "the host still had the guest of a VM that was taken back from it, against the operator's word; it has ended it");
     }
     Ok(Some(heard.guest_was_there))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unresolved(disks: serde_json::Value) -> Migration {
+        let record = serde_json::json!({
+            "id": "01890a5d-ac96-774b-bcce-b302099a8057", "vm": "0a000000-0000-4000-8000-000000000001",
+            "vm_name": "web01", "source": "host-a", "destination": "host-b", "epoch": 5, "memory_bytes": 1 << 30,
+            "options": {}, "phase": "handoff", "outcome": "unresolved", "ask": "host-b",
+            "cancel_requested": false, "verdicts": [], "disks": disks, "phases": [],
+            "started": "2026-01-01T00:00:00Z",
+        });
+        serde_json::from_value(record).unwrap()
+    }
+
+    #[test]
+    fn a_fence_does_not_bring_back_what_was_written_to_copied_disks() {
+        let shared = unresolved(serde_json::json!([]));
+        assert!(fits(&shared, Statement::HostIsFenced).is_ok());
+        let copied = unresolved(serde_json::json!([{
+            "disk": "vda", "from": "local/vms/1/vda.qcow2", "to": "fast/vms/1/vda-e5.qcow2",
+            "format": "qcow2", "size_bytes": 1 << 30,
+        }]));
+        let refused = fits(&copied, Statement::HostIsFenced).unwrap_err();
+        assert_eq!(refused.code, ErrorCode::WrongState);
+        assert!(refused.hint.unwrap().contains("--accept-data-loss"));
+        assert!(fits(&copied, Statement::AcceptDataLoss).is_ok());
+    }
 }

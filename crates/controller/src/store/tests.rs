@@ -60,6 +60,7 @@ fn migration(vm: VmId, destination: &str) -> Migration {
         cancel_requested: false,
         reclaim: None,
         verdicts: vec![],
+        disks: vec![],
         policy: None,
         strategy: None,
         forecast: None,

@@ -46,7 +46,8 @@ impl Arrival {
             Ok(()) => {
                 let agent = self.host.config.advertised();
                 let ticket = self.ticket.clone();
-                let offer = IncomingOffer { address: NOWHERE, agent, ticket, start_ms: 0 };
+                let offer =
+                    IncomingOffer { address: NOWHERE, agent, ticket, start_ms: 0, disks: None };
                 self.tell_offer(offer).await;
                 DestinationInput::Loaded
             }

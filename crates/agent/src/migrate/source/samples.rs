@@ -133,6 +133,7 @@ pub(super) fn progress(
         dirty_limit_round_us: statistics.dirty_limit_throttle_time_per_round_us,
         dirty_limit_ring_full_us: statistics.dirty_limit_ring_full_time_us,
         xbzrle: statistics.xbzrle.as_ref().map(xbzrle),
+        disks: Vec::new(),
     }
 }
 
