@@ -140,19 +140,50 @@ fn fits(record: &Migration, action: MigrationAction) -> Result<(), ApiError> {
             "be resumed: nobody paused it, its connection is lost".into(),
             "it recovers by itself when the way is back; `whimbrel migration recover` tries now",
         ),
-        (MigrationAction::Postcopy | MigrationAction::ForceComplete, phase, _) => wrong(
-            format!("be ordered to do this in {phase}"),
-            "it can be ordered while memory is copied (precopy)",
-        ),
-        (MigrationAction::Pause, phase, _) => wrong(
-            format!("be paused in {phase}"),
-            "only post-copy can be held; before it, set a low bandwidth or cancel",
-        ),
-        (MigrationAction::Resume | MigrationAction::Recover, phase, _) => wrong(
-            format!("be taken up in {phase}: it is not paused"),
-            "`whimbrel migration show` tells how it is",
-        ),
+        (action, phase, state) => {
+            let (what, hint) = unfit(action, phase, state);
+            wrong(what, hint)
+        }
     }
+}
+
+/// What cannot be done in a phase, and what can; for an order that does not fit it.
+fn unfit(
+    action: MigrationAction,
+    phase: Phase,
+    postcopy: Option<&PostcopyState>,
+) -> (String, &'static str) {
+    const SHOWN: &str = "`whimbrel migration show` tells how it is";
+    const GOES_ON: &str = "`whimbrel migration resume` goes on with it";
+    const BY_ITSELF: &str = "it recovers by itself when the way is back";
+    const WHILE_COPIED: &str = "it can be ordered while memory is copied (precopy)";
+    let (what, hint) = match (action, phase, postcopy) {
+        (MigrationAction::Postcopy, Phase::Postcopy, _) => {
+            return ("begin post-copy: it has begun".into(), SHOWN);
+        }
+        (MigrationAction::ForceComplete, Phase::Postcopy, _) => {
+            return ("be completed by force: the guest has left its source".into(), SHOWN);
+        }
+        (MigrationAction::Pause, _, Some(PostcopyState::Paused { by_hand: true, .. })) => {
+            return ("be paused: it is paused already".into(), GOES_ON);
+        }
+        (MigrationAction::Pause, _, Some(PostcopyState::Paused { .. })) => {
+            return ("be paused: its connection is lost".into(), BY_ITSELF);
+        }
+        (_, _, Some(PostcopyState::Recovering)) => {
+            let what = if action == MigrationAction::Pause { "be paused" } else { "be taken up" };
+            return (format!("{what}: its connection is being made again"), BY_ITSELF);
+        }
+        (MigrationAction::Postcopy, ..) => ("begin post-copy", WHILE_COPIED),
+        (MigrationAction::ForceComplete, ..) => ("be completed by force", WHILE_COPIED),
+        (MigrationAction::Pause, ..) => {
+            ("be paused", "only post-copy can be held; before it, set a low bandwidth or cancel")
+        }
+        (MigrationAction::Resume | MigrationAction::Recover, ..) => {
+            return (format!("be taken up in {phase}: it is not paused"), SHOWN);
+        }
+    };
+    (format!("{what} in {phase}"), hint)
 }
 
 fn ended(record: &Migration) -> ApiError {
@@ -176,4 +207,51 @@ pub async fn statistics(
         return Ok(MigrationStatistics::default());
     }
     controller.agent(&record.source)?.outgoing_statistics(id).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_says_what_is_in_the_way() {
+        let by_hand = |by_hand| PostcopyState::Paused { why: "an order".into(), by_hand };
+        for (action, phase, state, says) in [
+            (MigrationAction::Postcopy, Phase::Handoff, None, "begin post-copy in handoff"),
+            (MigrationAction::Postcopy, Phase::Postcopy, None, "begin post-copy: it has begun"),
+            (
+                MigrationAction::ForceComplete,
+                Phase::Postcopy,
+                Some(PostcopyState::Active),
+                "be completed by force: the guest has left its source",
+            ),
+            (MigrationAction::Pause, Phase::Precopy, None, "be paused in precopy"),
+            (
+                MigrationAction::Pause,
+                Phase::Postcopy,
+                Some(by_hand(true)),
+                "be paused: it is paused already",
+            ),
+            (
+                MigrationAction::Pause,
+                Phase::Postcopy,
+                Some(by_hand(false)),
+                "be paused: its connection is lost",
+            ),
+            (
+                MigrationAction::Recover,
+                Phase::Postcopy,
+                Some(PostcopyState::Recovering),
+                "be taken up: its connection is being made again",
+            ),
+            (
+                MigrationAction::Resume,
+                Phase::Postcopy,
+                Some(PostcopyState::Active),
+                "be taken up in postcopy: it is not paused",
+            ),
+        ] {
+            assert_eq!(unfit(action, phase, state.as_ref()).0, says, "{action:?} {phase}");
+        }
+    }
 }
