@@ -25,6 +25,15 @@ fn everything_in_the_way_is_told_at_once_and_nothing_is_touched() {
         set(&["same-host"])
     );
 
+    // An address at which host-b cannot listen is found here, and not by its QEMU.
+    for (address, code) in
+        [("no-such.invalid", "address-unresolvable"), ("192.0.2.77", "address-not-its-own")]
+    {
+        let named = ["migrate", VM, "host-b", "--migrate-address", address];
+        let refused = stage.fails("preflight-refused", &named);
+        assert_eq!(codes(&refused), set(&[code]), "{refused}");
+    }
+
     stage.lab.cut("host-b", Cut::STREAMS).unwrap();
     let closed = stage.fails("preflight-refused", &["migrate", VM, "host-b"]);
     assert_eq!(codes(&closed), set(&["port-closed"]), "{closed}");
