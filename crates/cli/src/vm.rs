@@ -1,11 +1,14 @@
-//! `whimbrel vm`: virtual machines, one function a verb. Making one is in [`create`], its console in [`console`],
-//! measuring one in [`dirty_rate`].
+//! `whimbrel vm`: virtual machines, one function a verb. Making one is in [`create`] and [`clone`], its console in [`console`],
+//! measuring one in [`dirty_rate`], its snapshots in [`snapshot`].
 
+mod clone;
 mod console;
 mod create;
 mod dirty_rate;
+mod snapshot;
 
 use clap::Subcommand;
+use whimbrel_api::lineage::Origin;
 use whimbrel_api::vm::{
     Boot, Bytes, Disk, Firmware, Nic, StateFile, StopRequest, StoragePath, Vm as VmRecord,
     VmAction, VmState,
@@ -104,6 +107,10 @@ Examples:
         #[arg(value_parser = values::storage_path)]
         file: StoragePath,
     },
+    Clone(clone::Clone),
+    Template(clone::Template),
+    #[command(subcommand)]
+    Snapshot(snapshot::Snapshot),
     DirtyRate(dirty_rate::DirtyRate),
     Console(console::ConsoleOf),
     /// Delete a stopped VM with its disks
@@ -140,6 +147,9 @@ impl Vm {
             Self::Restore { vm, file } => {
                 told(options, &options.pool()?.restore_vm(&vm, &StateFile { file }).await?)
             }
+            Self::Clone(command) => show(options, &command.run(options).await?),
+            Self::Template(command) => command.run(options).await,
+            Self::Snapshot(command) => command.run(options).await,
             Self::DirtyRate(command) => command.run(options).await,
             Self::Console(command) => command.run(options).await,
             Self::Delete { vm } => {
@@ -206,7 +216,12 @@ fn show(options: &Options, vm: &VmRecord) -> Result<(), Failure> {
         ("machine", definition.machine.clone()),
         ("boot", boot(&definition.boot)),
     ];
+    if definition.template {
+        fields.push(("template", words::yes_no(true)));
+    }
+    fields.extend(definition.origin.iter().map(|origin| ("clone of", origin_text(origin))));
     fields.extend(definition.disks.iter().map(|disk| ("disk", disk_text(disk))));
+    fields.extend(definition.snapshot.iter().map(|name| ("goes on from", name.to_string())));
     fields.extend(definition.nics.iter().map(|nic| ("nic", nic_text(nic))));
     fields.extend(definition.saved.iter().map(|saved| ("saved", saved.file.to_string())));
     output::fields(options.json, vm, &fields)
@@ -226,7 +241,14 @@ fn boot(boot: &Boot) -> String {
 fn disk_text(disk: &Disk) -> String {
     let read_only = if disk.read_only { ", read-only" } else { "" };
     let (size, format) = (Bytes(disk.size_bytes), disk.format.as_str());
-    format!("{}: {} ({size}, {format}{read_only})", disk.name, disk.file)
+    let on = disk.layers.first().map(|layer| format!(", on {}", layer.file)).unwrap_or_default();
+    format!("{}: {} ({size}, {format}{read_only}{on})", disk.name, disk.file)
+}
+
+fn origin_text(origin: &Origin) -> String {
+    let kind = if origin.linked { "linked" } else { "full" };
+    let snapshot = origin.snapshot.as_ref().map(|name| format!(", snapshot {name}"));
+    format!("{} ({kind}{})", origin.vm, snapshot.unwrap_or_default())
 }
 
 fn nic_text(nic: &Nic) -> String {
