@@ -11,6 +11,7 @@
 //! of others; never part of a binary.
 
 mod calls;
+mod lineage;
 mod measuring;
 mod moves;
 mod reclaim;

@@ -3,6 +3,7 @@
 mod api;
 mod hosts;
 mod joining;
+mod lineage;
 mod metrics;
 mod migrations;
 mod phases;

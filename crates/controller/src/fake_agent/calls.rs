@@ -22,7 +22,7 @@ use whimbrel_pki::files::HostIdentity;
 use whimbrel_pki::identity::Peer;
 use whimbrel_pki::tls;
 
-use super::{FakeWorld, State, measuring, moves, reclaim, steering, vm_report};
+use super::{FakeWorld, State, lineage, measuring, moves, reclaim, steering, vm_report};
 
 /// The guest's memory size that makes a fake host say that it has no room, in bytes.
 const TOO_MUCH_MEMORY_BYTES: u64 = super::MEMORY_BYTES;
@@ -61,6 +61,7 @@ pub(super) fn router(world: FakeWorld, name: Name) -> Router {
         .route("/vms/{id}/console", get(console))
         .route("/knock/listen", post(knock_listen))
         .route("/knock/connect", post(knock_connect))
+        .merge(lineage::calls())
         .merge(moves::calls())
         .merge(reclaim::calls())
         .merge(steering::calls())
@@ -250,6 +251,7 @@ async fn put_vm(
                 disk.size_bytes = 1 << 30;
             }
         }
+        lineage::link(state, &mut definition);
         let report = vm_report(&definition, VmState::Stopped, Epoch::FIRST);
         state.vms.insert(id, report.clone());
         Ok(Json(report))
@@ -337,7 +339,7 @@ async fn resume(
     })
 }
 
-fn change(
+pub(super) fn change(
     host: &Host,
     id: VmId,
     change: impl FnOnce(&mut VmReport) -> Result<(), ApiError>,
