@@ -13,6 +13,7 @@
 //! | `vm.end` | a QEMU is killed |
 //! | `vm.take-down` | what was made for a QEMU is removed |
 //! | `ledger.saved` | it is written that a VM is saved |
+//! | `vm.images.note` | it is written which images a VM has |
 //! | `vm.restore.note` | it is written that a restored VM runs |
 //! | `vm.restore.cont` | a restored guest is let go |
 //!

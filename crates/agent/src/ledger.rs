@@ -144,8 +144,7 @@ pub enum Resource {
         /// How much it may occupy, in bytes.
         bytes: u64,
     },
-    /// An image of a VM that is there already, which is being made or is not needed any more; while the VM's row names it, it is
-    /// the VM's.
+    /// An image that is being made for a VM, or not needed any more; while the VM's row names it, it is the VM's.
     Layer {
         /// The VM.
         vm: VmId,

@@ -38,10 +38,7 @@ async fn take(
     host.vms.take_snapshot(id, name).await.map(Json)
 }
 
-async fn revert(
-    State(host): On,
-    Segment((id, to)): Segment<(VmId, Name)>,
-) -> Answer<VmReport> {
+async fn revert(State(host): On, Segment((id, to)): Segment<(VmId, Name)>) -> Answer<VmReport> {
     host.vms.revert(id, to).await.map(Json)
 }
 

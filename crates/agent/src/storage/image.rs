@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde::Deserialize;
 use serde_json::json;
+use tokio::process::Command;
 use whimbrel_api::vm::ImageFormat;
 use whimbrel_api::{ApiError, ErrorCode};
 use whimbrel_qemu::process::UnprivilegedUser;
@@ -42,6 +42,8 @@ const CHECK_LEAKS: i32 = 3;
 /// The sizes of disks are multiples of this, in bytes.
 pub(crate) const SECTOR_BYTES: u64 = 512;
 
+/// What bounds a child, of util-linux. The agent cannot do it from outside where it may not raise limits either (containers).
+const PRLIMIT: &str = "/usr/bin/prlimit";
 const IN: &str = "/proc/self/fd/0";
 const OUT: &str = "/proc/self/fd/1";
 
@@ -268,6 +270,17 @@ impl ImageTool {
         Err(failed_to(arguments.first().copied().unwrap_or_default(), &words))
     }
 
+    fn command(&self, bounds: Bounds) -> Command {
+        if bounds == Bounds::None {
+            return Command::new(&self.program);
+        }
+        // It bounds itself and then becomes the other.
+        let mut command = Command::new(PRLIMIT);
+        command.arg(format!("--cpu={LOOK_CPU_SECONDS}")).arg(format!("--as={LOOK_MEMORY_BYTES}"));
+        command.args(["--core=0", "--"]).arg(&self.program);
+        command
+    }
+
     async fn run(
         &self,
         arguments: &[&str],
@@ -275,15 +288,12 @@ impl ImageTool {
         output: Stdio,
         (seconds, bounds): (u64, Bounds),
     ) -> Result<(ExitStatus, Words), ApiError> {
-        let mut command = tokio::process::Command::new(&self.program);
+        let mut command = self.command(bounds);
         command.args(arguments).uid(self.user.uid).gid(self.user.gid).env_clear();
         command.stdin(input).stdout(output).stderr(Stdio::piped()).kill_on_drop(true);
         let failed =
             |error| ApiError::internal(&format!("cannot run {}", self.program.display()), &error);
         let child = command.spawn().map_err(failed)?;
-        if bounds == Bounds::Stranger {
-            bound(&child).map_err(failed)?;
-        }
         let ended = tokio::time::timeout(Duration::from_secs(seconds), child.wait_with_output());
         let output = ended
             .await
@@ -306,23 +316,6 @@ enum Bounds {
     None,
     /// Little: the image is a stranger's.
     Stranger,
-}
-
-/// Bounds a child that has just begun; it has not got far.
-fn bound(child: &tokio::process::Child) -> std::io::Result<()> {
-    let id = child.id().and_then(|id| i32::try_from(id).ok());
-    // One that has ended takes nothing any more.
-    let Some(pid) = id.and_then(Pid::from_raw) else { return Ok(()) };
-    for (resource, most) in
-        [(Resource::Cpu, LOOK_CPU_SECONDS), (Resource::As, LOOK_MEMORY_BYTES), (Resource::Core, 0)]
-    {
-        let limit = Rlimit { current: Some(most), maximum: Some(most) };
-        match prlimit(Some(pid), resource, limit) {
-            Ok(_) | Err(rustix::io::Errno::SRCH) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
 }
 
 /// A chain of images as `qemu-img` takes it, each with its format, the lowest standing on nothing.

@@ -265,3 +265,82 @@ async fn a_storage_that_hangs_holds_nobody_up_but_those_who_wait_for_it() {
     }
     storages.aside(|_| Ok(())).await.unwrap();
 }
+
+/// Every image that a user could name and must not get, and every place where none may be: refused by the code that says what is
+/// wrong, and what is near to it is taken.
+#[tokio::test]
+async fn what_stands_where_an_image_should_be_is_refused_for_what_it_is() {
+    let place = place();
+    let dir = place.dir.path();
+    let make = |arguments: &[&str]| qemu_img(dir, arguments);
+    fs::write(dir.join("raw"), vec![1; 1 << 20]).unwrap();
+    make(&["create", "-q", "-f", "qcow2", "small-clusters", "8M", "-o", "cluster_size=512"]);
+    make(&["create", "-q", "-f", "qcow2", "large-clusters", "8M", "-o", "cluster_size=2M"]);
+    make(&["create", "-q", "-f", "qcow2", "old", "8M", "-o", "compat=0.10"]);
+    make(&["create", "-q", "-f", "qcow2", "snapshots", "8M"]);
+    make(&["snapshot", "-c", "inner", "snapshots"]);
+    make(&["create", "-q", "-f", "qcow2", "-u", "-b", "/etc/passwd", "-F", "raw", "out", "8M"]);
+    make(&["convert", "-O", "qcow2", "raw", "whole"]);
+    fs::write(dir.join("luks"), b"LUKS\xba\xbe\0\x01....").unwrap();
+    let whole = fs::read(dir.join("whole")).unwrap();
+    // By a byte, a sector, a cluster, and to the middle of its tables.
+    for (name, less) in
+        [("byte", 1), ("sector", 512), ("cluster", 65_536), ("most", whole.len() - 65_600)]
+    {
+        fs::write(dir.join(format!("short-{name}")), &whole[..whole.len() - less]).unwrap();
+    }
+    fs::write(dir.join("vmdk"), b"KDMV....").unwrap();
+    fs::write(dir.join("odd"), vec![1; (1 << 20) + 1]).unwrap();
+
+    use ImageFormat::{Qcow2, Raw};
+    let cases: [(&str, ImageFormat, bool); 19] = [
+        ("raw", Raw, true),
+        ("raw", Qcow2, false),
+        ("small-clusters", Qcow2, true),
+        ("large-clusters", Qcow2, true),
+        ("old", Qcow2, true),
+        ("snapshots", Qcow2, true),
+        ("whole", Qcow2, true),
+        ("whole", Raw, false),
+        ("out", Qcow2, false),
+        ("out", Raw, false),
+        ("luks", Raw, false),
+        ("luks", Qcow2, false),
+        ("short-byte", Qcow2, true),
+        ("short-sector", Qcow2, true),
+        ("short-cluster", Qcow2, false),
+        ("short-most", Qcow2, false),
+        ("vmdk", Raw, false),
+        ("vmdk", Qcow2, false),
+        ("odd", Raw, true),
+    ];
+    let folder = place.folder();
+    for (image, format, good) in cases {
+        let before = fs::read(dir.join(image)).unwrap();
+        let file = folder.open_file(image).unwrap();
+        let found = tool().inspect(&file, image, format).await;
+        assert_eq!(found.is_ok(), good, "{image} as {}: {found:?}", format.as_str());
+        if let Err(error) = found {
+            assert_eq!(error.code, ErrorCode::BadImage, "{image}: {error}");
+        }
+        assert!(fs::read(dir.join(image)).unwrap() == before, "{image} was changed");
+    }
+}
+
+/// A program in the place of `qemu-img` that takes all it can get.
+#[tokio::test]
+async fn whoever_looks_at_a_strangers_image_is_bounded() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = place();
+    let engine = place.dir.path().join("qemu-system-x86_64");
+    let program = place.dir.path().join("qemu-img");
+    fs::write(&program, "#!/bin/sh\necho \"$(ulimit -v) $(ulimit -t) $(ulimit -c)\" >&2\nexit 1\n")
+        .unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(place.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(place.dir.path().join("raw"), "raw").unwrap();
+    let file = place.folder().open_file("raw").unwrap();
+    let tool = ImageTool::beside(&engine, NOBODY);
+    let told = tool.inspect(&file, "raw", ImageFormat::Raw).await.unwrap_err();
+    assert!(told.message.ends_with("2097152 30 0"), "{told}");
+}

@@ -35,7 +35,8 @@ pub(super) async fn begin(
     }
     if origin.linked {
         let name = &parent.name;
-        let message = format!("VM `{name}` is no template: what a linked clone stands on must never change");
+        let message =
+            format!("VM `{name}` is no template: what a linked clone stands on must never change");
         return Err(ApiError::new(ErrorCode::WrongState, message).hint(format!(
             "`whimbrel vm template {name}`, or `whimbrel vm snapshot create {name} SNAPSHOT` and `--snapshot SNAPSHOT`"
         )));

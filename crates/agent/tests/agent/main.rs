@@ -5,6 +5,7 @@
 mod certificates;
 mod http;
 mod leftovers;
+mod lineage;
 mod loans;
 mod measures;
 mod migrations;

@@ -87,7 +87,7 @@ fn what_cannot_be_made_leaves_nothing() {
             {
                 std::fs::write(place.dir().join("storage/bad.raw"), b"QFI\xfb....").unwrap();
                 let mut case = definition();
-                // The first disk is made before the second one fails.
+                // The second disk is looked at before the first one is made.
                 let mut second = case.disks[0].clone();
                 second.name = "vdb".parse().unwrap();
                 second.import = Some(Import {

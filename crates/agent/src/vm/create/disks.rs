@@ -39,7 +39,11 @@ impl Source {
 }
 
 /// The images that a clone's disk is made from, or stands on, the one with the latest data first.
-pub(super) fn of_parent(parent: &VmDefinition, definition: &VmDefinition, disk: &Disk) -> Vec<Layer> {
+pub(super) fn of_parent(
+    parent: &VmDefinition,
+    definition: &VmDefinition,
+    disk: &Disk,
+) -> Vec<Layer> {
     let snapshot = definition.origin.as_ref().and_then(|origin| origin.snapshot.as_ref());
     let frozen = snapshot.map(|name| chain(parent, name, &disk.name)).unwrap_or_default();
     if !frozen.is_empty() {
