@@ -23,7 +23,11 @@
 //! | `die:POINT` | the process kills itself there |
 //! | `lie:POINT` | the command is answered with success and not carried out; see below for stages |
 //! | `silent:qmp` | commands are read and not answered, events not sent |
+//! | `silent:in-band` | the same but for what comes out of band, and nothing is carried out: as while a device waits |
+//! | `power-off:STAGE`, `panic:STAGE`, `reset:STAGE` | the guest does that there, once |
 //! | `sleep:guest` | a guest that runs is said to be suspended, and `cont` changes nothing |
+//! | `full:mirror` | there is no room left in a mirror's target |
+//! | `vanish:mirror` | no mirror is told of, whatever becomes of it |
 //!
 //! A point is a QMP command by its name, or a stage: `start`, and of a source `copying`,
 //! `pre-switchover`, `device`, `completed`, `settling` (it has failed, and its guest does not run
@@ -32,22 +36,28 @@
 //! up the connection, and stalled they stay in post-copy. `refuse:userfaultfd` is a destination
 //! whose host does not let it receive in post-copy. Of
 //! the stages, `lie:completed` makes a source say `completed` without having sent the guest, and
-//! `lie:loaded` makes a destination say so as soon as it is connected to.
+//! `lie:loaded` makes a destination say so as soon as it is connected to. A mirror passes `mirroring` before it copies,
+//! `mirror-ready` when it has said that it is ready, and `mirror-end` when it is to end: refused there it fails with an
+//! I/O error.
 //!
 //! # Settings
 //!
-//! Among the faults, `copying-ms=N` is how long the copying of the memory takes at least (50), and
+//! Among the faults, `copying-ms=N` is how long the copying of the memory takes at least (50), `mirroring-ms=N` that of a
+//! disk (20), `written-bytes=N` is what the guest has written to each, and
 //! `postcopy-ms=N` how long the rest takes in post-copy (50); `dirty-pages-rate=N`,
 //! `dirty-sync-count=N` and `throttle=N` are what is reported, and `dirty-rate=N` (MiB/s) what is
 //! measured, in `measuring-ms=N` (20). `FAKE_QEMU_VERSION` is `7.2` or `10.0` (default), with
 //! the differences that matter. `FAKE_QEMU_WATCH_DIR` names a folder in which each fake holds a lock
 //! on the guest's uuid while the guest "runs": one that finds it taken writes a line to
-//! `violations` there, which is how a test sees a guest that runs twice.
+//! `violations` there, which is how a test sees a guest that runs twice. So does one that runs with a disk exported, or
+//! leaves with a mirror that was not settled, to which a real one says nothing.
 
 mod commands;
+mod disks;
 mod faults;
 mod incoming;
 mod measuring;
+mod mirroring;
 mod monitor;
 mod options;
 mod outgoing;

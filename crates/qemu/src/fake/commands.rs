@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::vm::{Migration, Vm};
-use super::{Version, incoming, measuring, outgoing, receiving};
+use super::{Version, disks, incoming, measuring, mirroring, outgoing, receiving};
 use crate::machine::RunState;
 use crate::schema::{SENT, SENT_WHERE_KNOWN, Sent};
 
@@ -72,7 +72,8 @@ async fn carry_out(
     descriptor: Option<OwnedFd>,
     negotiated: bool,
 ) -> Result<Value, Refusal> {
-    let Some(sent) = SENT.iter().find(|sent| sent.command == name) else {
+    let mut known = SENT.iter().chain(more(vm.version));
+    let Some(sent) = known.find(|sent| sent.command == name) else {
         let description = format!("The command {name} has not been found");
         return Err(Refusal { class: "CommandNotFound", description });
     };
@@ -87,14 +88,15 @@ async fn carry_out(
     if vm.faults.lies_at(name) {
         return Ok(json!({}));
     }
+    if let Some(done) = disks::carry_out(vm, name, arguments).await {
+        return done.or_else(refuse);
+    }
     match name {
         "query-qmp-schema" => Ok(schema(vm.version)),
         "query-machines" => Ok(machines(vm.version)),
         "query-cpu-definitions" => Ok(cpu_definitions()),
         "query-cpu-model-expansion" => Ok(best_cpu()),
         "query-uuid" => Ok(json!({ "UUID": vm.options.uuid })),
-        "query-block" => Ok(vm.options.block_nodes.iter().map(block).collect()),
-        "query-jobs" => Ok(json!([])),
         "query-memory-size-summary" => Ok(json!({ "base-memory": vm.options.memory_bytes })),
         "query-kvm" => Ok(json!({ "enabled": false, "present": true })),
         "query-status" => Ok(status(vm)),
@@ -159,13 +161,15 @@ fn order(vm: &Arc<Vm>, name: &str, arguments: &Value) -> Result<Value, Refusal> 
     Ok(json!({}))
 }
 
-fn check_arguments(version: Version, sent: &Sent, arguments: &Value) -> Result<(), Refusal> {
+fn check_arguments(
+    version: Version,
+    sent: &'static Sent,
+    arguments: &Value,
+) -> Result<(), Refusal> {
     for name in arguments.as_object().into_iter().flat_map(|map| map.keys()) {
         let is_it = |path: &&str| path.split('/').next() == Some(name);
         let mut all = vec![sent];
-        if version == Version::V10_0 {
-            all.extend(SENT_WHERE_KNOWN.iter().filter(|more| more.command == sent.command));
-        }
+        all.extend(more(version).filter(|more| more.command == sent.command));
         let known = all.iter().any(|sent| {
             sent.arguments.iter().any(is_it) || sent.words.iter().any(|(path, _)| is_it(path))
         });
@@ -195,6 +199,9 @@ fn cont(vm: &Arc<Vm>) -> Result<(), Refusal> {
         }
         _ => {
             drop(state);
+            if disks::serves(vm) {
+                vm.violates("runs while a disk of it is exported");
+            }
             vm.take_disks().or_else(refuse)?;
             vm.resume();
             Ok(())
@@ -322,6 +329,9 @@ fn migrate_continue(vm: &Vm) -> Result<(), Refusal> {
     }
     state.migration.continued = true;
     drop(state);
+    if mirroring::unsettled(vm) {
+        vm.violates("leaves before the copies of its disks are settled");
+    }
     vm.ordered.notify_one();
     Ok(())
 }
@@ -406,20 +416,6 @@ fn blocks(vm: &Vm) -> Value {
     json!({ "human-readable-text": format!("Block Name PSize Offset Used Total\n{line}") })
 }
 
-fn block(node: &Value) -> Value {
-    let file = node.pointer("/file/filename").and_then(Value::as_str).unwrap_or_default();
-    let size = std::fs::metadata(file).map(|found| found.len()).unwrap_or(0);
-    json!({
-        "device": "",
-        "qdev": format!("{}-device", node["node-name"].as_str().unwrap_or_default()),
-        "io-status": "ok",
-        "inserted": {
-            "node-name": node["node-name"], "drv": node["driver"], "ro": node["read-only"],
-            "image": { "virtual-size": size },
-        },
-    })
-}
-
 fn machines(version: Version) -> Value {
     let entry = |(name, alias): &(&str, Option<&str>)| {
         let mut machine = json!({ "name": name, "cpu-max": 288, "deprecated": false });
@@ -447,6 +443,11 @@ fn best_cpu() -> Value {
     json!({ "model": { "name": "max", "props": properties } })
 }
 
+/// What this version has beyond all others.
+fn more(version: Version) -> impl Iterator<Item = &'static Sent> {
+    SENT_WHERE_KNOWN.iter().filter(move |_| version == Version::V10_0)
+}
+
 /// An argument, possibly a path, and its words if it takes words.
 type Member = (String, Option<Vec<&'static str>>);
 
@@ -456,12 +457,11 @@ fn schema(version: Version) -> Value {
     if version == Version::V10_0 {
         entities.push(json!({ "name": "blockdev-set-active", "meta-type": "command" }));
     }
-    for sent in SENT {
-        let command = sent.command;
-        let mut all = vec![sent];
-        if version == Version::V10_0 {
-            all.extend(SENT_WHERE_KNOWN.iter().filter(|more| more.command == command));
-        }
+    let commands: BTreeSet<&str> =
+        SENT.iter().chain(more(version)).map(|sent| sent.command).collect();
+    for command in commands {
+        let is_it = |sent: &&Sent| sent.command == command;
+        let all: Vec<&Sent> = SENT.iter().chain(more(version)).filter(is_it).collect();
         let members = members(&all);
         let arguments = format!("{command}-arguments");
         entities.push(json!({ "name": command, "meta-type": "command", "arg-type": arguments }));

@@ -80,6 +80,16 @@ impl Faults {
         self.has("lie", point)
     }
 
+    /// Whether there is no room left for what is written there.
+    pub(super) fn is_full(&self, point: &str) -> bool {
+        self.has("full", point)
+    }
+
+    /// Whether it is there no more, as far as anybody is told.
+    pub(super) fn vanishes(&self, point: &str) -> bool {
+        self.has("vanish", point)
+    }
+
     /// Whether a guest that runs is asleep.
     pub(super) fn sleeping(&self) -> bool {
         self.has("sleep", "guest")
@@ -93,6 +103,16 @@ impl Faults {
     /// Whether the monitor says nothing.
     pub(super) fn silent(&self) -> bool {
         self.has("silent", "qmp")
+    }
+
+    /// Whether the monitor hears nothing but what comes out of band.
+    pub(super) fn blocked(&self) -> bool {
+        self.has("silent", "in-band")
+    }
+
+    /// Whether the guest does something by itself at a point.
+    pub(super) fn guest_does(&self, deed: &str, point: &str) -> bool {
+        self.has(deed, point)
     }
 
     /// A number among the faults, or its default.

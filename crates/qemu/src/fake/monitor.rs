@@ -127,6 +127,9 @@ async fn answer(
     negotiated: &mut bool,
 ) -> Option<Answer> {
     let command: Value = serde_json::from_str(line).unwrap_or_default();
+    if vm.faults.blocked() && command.get("exec-oob").is_none() {
+        return None;
+    }
     let answer = commands::run(vm, &command, descriptor, negotiated).await;
     (!vm.faults.silent()).then_some(answer)
 }

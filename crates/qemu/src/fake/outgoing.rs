@@ -300,6 +300,7 @@ async fn finish(
 
 /// Passes a point of the faults, unless a cancel comes first.
 pub(super) async fn passes(vm: &Arc<Vm>, point: &str) -> Result<(), End> {
+    vm.guest_passes(point);
     or_cancelled(vm, async {
         vm.faults.at(point).await.map_err(|refused| End::Failed(refused.to_string()))
     })

@@ -49,6 +49,7 @@ pub(super) async fn receive(vm: &Arc<Vm>, connection: Connection) {
 /// Whether everything has come over this connection.
 async fn pages(vm: &Arc<Vm>, (mut lines, mut writer): Connection) -> bool {
     while let Ok(Some(line)) = lines.next_line().await {
+        vm.guest_passes("postcopy");
         if vm.faults.at("postcopy").await.is_err() {
             return false;
         }

@@ -15,6 +15,7 @@ use tokio::sync::{Notify, broadcast};
 use tokio::time::Instant;
 
 use super::Version;
+use super::disks::Disks;
 use super::faults::Faults;
 use super::options::Options;
 use crate::machine::RunState;
@@ -45,13 +46,16 @@ pub(super) struct State {
     pub(super) parameters: BTreeMap<String, Value>,
     pub(super) objects: BTreeMap<String, Value>,
     pub(super) migration: Migration,
+    pub(super) disks: Disks,
+    /// What the guest has done by order.
+    pub(super) deeds: BTreeSet<&'static str>,
     /// Descriptors handed over, by the name or the number of their set.
     pub(super) descriptors: BTreeMap<String, OwnedFd>,
     /// What `calc-dirty-rate` was told, and when.
     pub(super) measuring: Option<(Value, Instant)>,
     running: Option<File>,
     /// The locks of the disks, while this end has them.
-    disks: Option<Vec<File>>,
+    locks: Option<Vec<File>>,
 }
 
 /// The one migration, in or out.
@@ -97,10 +101,12 @@ impl Vm {
                 parameters: BTreeMap::new(),
                 objects: BTreeMap::new(),
                 migration: Migration::default(),
+                disks: Disks::default(),
+                deeds: BTreeSet::new(),
                 descriptors: BTreeMap::new(),
                 measuring: None,
                 running: None,
-                disks: None,
+                locks: None,
             }),
         }
     }
@@ -132,7 +138,7 @@ impl Vm {
     /// Takes the disks, all or none, unless they are taken already.
     pub(super) fn take_disks(&self) -> Result<(), String> {
         let mut locks = Vec::new();
-        if self.state().disks.is_some() {
+        if self.state().locks.is_some() {
             return Ok(());
         }
         for disk in self.options.writable_disks() {
@@ -141,19 +147,19 @@ impl Vm {
                 .map_err(|_| "Failed to get \"write\" lock".to_owned())?;
             locks.push(file);
         }
-        self.state().disks = Some(locks);
+        self.state().locks = Some(locks);
         Ok(())
     }
 
     /// Whether its disks have been inactive since it was loaded.
     pub(super) fn arrived_and_never_ran(&self) -> bool {
         let has_disks = !self.options.block_nodes.is_empty();
-        self.options.incoming && has_disks && self.state().disks.is_none()
+        self.options.incoming && has_disks && self.state().locks.is_none()
     }
 
     /// Lets go of the disks, as a source does that has sent its guest.
     pub(super) fn leave_disks(&self) {
-        self.state().disks = None;
+        self.state().locks = None;
     }
 
     /// Lets the guest run.
@@ -181,16 +187,53 @@ impl Vm {
         }
     }
 
+    /// Lets the guest do at a point of its migration what is ordered, once. What it does as it is being stopped is told,
+    /// and changes nothing any more.
+    pub(super) fn guest_passes(&self, point: &str) {
+        for deed in ["power-off", "panic", "reset"] {
+            if !self.faults.guest_does(deed, point) || !self.state().deeds.insert(deed) {
+                continue;
+            }
+            let runs = self.state().run_state == RunState::Running;
+            let becomes = match deed {
+                "power-off" => {
+                    self.emit("SHUTDOWN", json!({ "guest": true, "reason": "guest-shutdown" }));
+                    RunState::Shutdown
+                }
+                "panic" => {
+                    self.emit("GUEST_PANICKED", json!({ "action": "pause" }));
+                    RunState::GuestPanicked
+                }
+                _ => {
+                    self.emit("RESET", json!({ "guest": true, "reason": "guest-reset" }));
+                    continue;
+                }
+            };
+            if runs {
+                self.stop_into(becomes);
+            }
+        }
+    }
+
     /// Takes the lock that says that this guest runs; writes down if somebody has it already.
     fn claim(&self) -> Option<File> {
         let dir = PathBuf::from(std::env::var_os("FAKE_QEMU_WATCH_DIR")?);
         let lock = append_to(&dir.join(self.options.uuid.to_string()))?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            let line = format!("{} runs twice\n", self.options.uuid);
-            let written = append_to(&dir.join("violations"))?.write_all(line.as_bytes());
-            written.ok()?;
+            self.violates("runs twice");
         }
         Some(lock)
+    }
+
+    /// Writes down what must never be.
+    pub(super) fn violates(&self, what: &str) {
+        let dir = std::env::var_os("FAKE_QEMU_WATCH_DIR").map(PathBuf::from);
+        let file = dir.and_then(|dir| append_to(&dir.join("violations")));
+        if let Some(mut file) = file {
+            let line = format!("{} {what}\n", self.options.uuid);
+            // A test that can not be told sees its own folder gone.
+            let _ = file.write_all(line.as_bytes());
+        }
     }
 
     fn say_on_console(&self, text: &str) {

@@ -7,6 +7,7 @@
 
 mod certificates;
 mod contract;
+mod disks;
 mod life;
 mod migrations;
 mod postcopy;
