@@ -14,8 +14,8 @@
 //! lent, both are the migration's. [`spawn`] makes and takes down QEMUs with all that belongs to them, [`found`] finds
 //! them again after a restart of the agent. Who may run a guest is read from the ledger and not decided here.
 
-pub mod console;
 mod clone;
+pub mod console;
 mod create;
 pub mod found;
 pub(crate) mod kept;
@@ -47,7 +47,7 @@ pub use start_up::find_all;
 pub(crate) use start_up::own_run;
 
 use crate::host::Host;
-use order::{Order, Published};
+use order::{ImageChange, Order, Published};
 
 /// Orders that may wait for a VM's task; one more is refused as `busy`.
 const WAITING_ORDERS_MAX: usize = 8;
@@ -142,7 +142,7 @@ impl Vms {
     /// # Errors
     /// A refusal with nothing changed, or what failed.
     pub async fn set_template(&self, vm: VmId, template: bool) -> Result<VmReport, ApiError> {
-        self.order(vm, |reply| Order::SetTemplate { template, reply }).await?
+        self.change_images(vm, ImageChange::Template(template)).await
     }
 
     /// Takes a snapshot of a stopped VM's disks. On failure the VM is as before.
@@ -150,7 +150,7 @@ impl Vms {
     /// # Errors
     /// A refusal with nothing begun, or what failed.
     pub async fn take_snapshot(&self, vm: VmId, name: Name) -> Result<VmReport, ApiError> {
-        self.order(vm, |reply| Order::TakeSnapshot { name, reply }).await?
+        self.change_images(vm, ImageChange::Take(name)).await
     }
 
     /// Lets a stopped VM's disks go on from a snapshot; what was written since is lost. On failure the VM is as before.
@@ -158,7 +158,7 @@ impl Vms {
     /// # Errors
     /// A refusal with nothing begun, or what failed.
     pub async fn revert(&self, vm: VmId, to: Name) -> Result<VmReport, ApiError> {
-        self.order(vm, |reply| Order::Revert { to, reply }).await?
+        self.change_images(vm, ImageChange::Revert(to)).await
     }
 
     /// Deletes a snapshot of a stopped VM, and what only it needs. The caller knows that no clone stands on it.
@@ -166,7 +166,11 @@ impl Vms {
     /// # Errors
     /// A refusal with nothing begun, or what failed.
     pub async fn delete_snapshot(&self, vm: VmId, name: Name) -> Result<VmReport, ApiError> {
-        self.order(vm, |reply| Order::DeleteSnapshot { name, reply }).await?
+        self.change_images(vm, ImageChange::DeleteSnapshot(name)).await
+    }
+
+    async fn change_images(&self, vm: VmId, change: ImageChange) -> Result<VmReport, ApiError> {
+        self.order(vm, |reply| Order::Images { change, reply }).await?
     }
 
     /// Lends a running VM to a migration, by value. Until it is given back, all other orders are refused as

@@ -413,13 +413,14 @@ pub(crate) fn image_node(disk: &DiskSpec) -> Result<Value, SpecError> {
 fn layers(disk: &DiskSpec) -> Result<Value, SpecError> {
     let mut below = Value::Null;
     for (index, layer) in disk.layers.iter().enumerate().rev() {
-        let name = format!("{}-layer{}", disk.node, index + 1);
+        // Names of nodes have at most 31 bytes (7.2, 10.0); those of the files are QEMU's to make.
+        let name = format!("{}-{}", disk.node, index + 1);
         let cache = cache_of(layer.cache);
         let mut node = json!({
             "driver": layer.format.as_wire(), "node-name": name, "read-only": true, "cache": cache,
             "file": {
-                "driver": "file", "node-name": format!("{name}-file"),
-                "filename": utf8(&layer.path)?, "aio": "threads", "read-only": true, "cache": cache,
+                "driver": "file", "filename": utf8(&layer.path)?, "aio": "threads",
+                "read-only": true, "cache": cache,
             },
         });
         if layer.format == DiskFormat::Qcow2 {

@@ -31,20 +31,8 @@ pub(super) enum Order {
         from: StateFile,
         reply: Reply,
     },
-    SetTemplate {
-        template: bool,
-        reply: Reply,
-    },
-    TakeSnapshot {
-        name: Name,
-        reply: Reply,
-    },
-    Revert {
-        to: Name,
-        reply: Reply,
-    },
-    DeleteSnapshot {
-        name: Name,
+    Images {
+        change: ImageChange,
         reply: Reply,
     },
     /// Answered with the clone, of which this VM is the original.
@@ -77,6 +65,16 @@ pub(super) enum Order {
     },
     /// Answered with whether the VM was lent, and so is forgotten.
     Forget(oneshot::Sender<bool>),
+}
+
+/// What becomes of a stopped VM's images.
+#[derive(Debug)]
+pub(super) enum ImageChange {
+    /// It is a template from now on, or no more.
+    Template(bool),
+    Take(Name),
+    Revert(Name),
+    DeleteSnapshot(Name),
 }
 
 /// What a task shows of its VM at any moment.

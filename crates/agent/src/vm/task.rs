@@ -225,25 +225,11 @@ impl Task {
                 let outcome = self.restore(&from).await;
                 self.answer(reply, outcome);
             }
-            Order::SetTemplate { template, reply } => {
-                let outcome = self.set_template(template).await;
+            Order::Images { change, reply } => {
+                let outcome = self.change_images(change).await;
                 self.answer(reply, outcome);
             }
-            Order::TakeSnapshot { name, reply } => {
-                let outcome = self.take_snapshot(&name).await;
-                self.answer(reply, outcome);
-            }
-            Order::Revert { to, reply } => {
-                let outcome = self.revert(&to).await;
-                self.answer(reply, outcome);
-            }
-            Order::DeleteSnapshot { name, reply } => {
-                let outcome = self.delete_snapshot(&name).await;
-                self.answer(reply, outcome);
-            }
-            Order::Clone { asked, reply } => {
-                let _ = reply.send(self.clone_as(*asked).await);
-            }
+            Order::Clone { asked, reply } => drop(reply.send(self.clone_as(*asked).await)),
             Order::Delete(reply) => {
                 let outcome = self.delete().await;
                 let gone = outcome.is_ok();

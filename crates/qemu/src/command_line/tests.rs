@@ -171,3 +171,31 @@ fn a_translated_guest_has_a_block_whose_every_write_is_seen() {
     // 64 pages of 4 KiB are what QEMU marks with one word.
     assert_ne!((web01().memory_bytes + TCG_EXTRA_BYTES) % (64 * 4096), 0);
 }
+
+#[test]
+fn what_a_disk_stands_on_is_always_said() {
+    let node = |spec: &VmSpec| -> Value {
+        let all = arguments(spec).unwrap();
+        let mut nodes = all.iter().filter_map(|argument| {
+            serde_json::from_str::<Value>(argument.to_str()?)
+                .ok()
+                .filter(|v| v["node-name"] == "disk0")
+        });
+        nodes.next().unwrap()
+    };
+    let mut spec = web01();
+    assert_eq!(node(&spec).get("backing"), Some(&Value::Null));
+    let layer = |path: &str, format| LayerSpec { path: path.into(), format, cache: Cache::None };
+    spec.disks[0].layers =
+        vec![layer("/srv/a,b", DiskFormat::Qcow2), layer("/srv/c", DiskFormat::Raw)];
+    let first = node(&spec)["backing"].clone();
+    assert_eq!(
+        (&first["file"]["filename"], &first["read-only"]),
+        (&json!("/srv/a,b"), &json!(true))
+    );
+    let second = &first["backing"];
+    assert_eq!((&second["driver"], &second["file"]["filename"]), (&json!("raw"), &json!("/srv/c")));
+    assert_eq!(second.get("backing"), None, "raw stands on nothing, and knows no such word");
+    spec.disks[0].format = DiskFormat::Raw;
+    assert_eq!(node(&spec).get("backing"), None);
+}

@@ -23,6 +23,7 @@ use whimbrel_api::{ApiError, ErrorCode, Name};
 
 use super::super::create::{self, disks};
 use super::super::lineage::{self, Overlays};
+use super::super::order::ImageChange;
 use super::super::spawn;
 use super::{State, Task};
 use crate::ledger::Resource;
@@ -33,8 +34,17 @@ use crate::storage::vm_folder;
 const IMAGE_DIGITS: usize = 8;
 
 impl Task {
+    pub(super) async fn change_images(&mut self, change: ImageChange) -> Result<(), ApiError> {
+        match change {
+            ImageChange::Template(template) => self.set_template(template).await,
+            ImageChange::Take(name) => self.take_snapshot(&name).await,
+            ImageChange::Revert(to) => self.revert(&to).await,
+            ImageChange::DeleteSnapshot(name) => self.delete_snapshot(&name).await,
+        }
+    }
+
     /// Makes the VM a template, or a VM again. The caller knows that no clone stands on it.
-    pub(super) async fn set_template(&mut self, template: bool) -> Result<(), ApiError> {
+    async fn set_template(&mut self, template: bool) -> Result<(), ApiError> {
         if self.definition.template == template {
             return Ok(());
         }
@@ -46,7 +56,7 @@ impl Task {
     }
 
     /// Takes a snapshot: what the disks are now is never written again, and they go on in new images.
-    pub(super) async fn take_snapshot(&mut self, name: &Name) -> Result<(), ApiError> {
+    async fn take_snapshot(&mut self, name: &Name) -> Result<(), ApiError> {
         self.still().await?;
         self.refuse_if_template()?;
         let vm = &self.definition;
@@ -55,7 +65,8 @@ impl Task {
             return Err(ApiError::new(ErrorCode::Exists, message));
         }
         if vm.snapshots.len() >= SNAPSHOTS_MAX {
-            let message = format!("VM `{}` has {SNAPSHOTS_MAX} snapshots, the most it can", vm.name);
+            let message =
+                format!("VM `{}` has {SNAPSHOTS_MAX} snapshots, the most it can", vm.name);
             return Err(ApiError::new(ErrorCode::OutOfRange, message));
         }
         let now: Vec<NewImage> = lineage::written(vm)
@@ -79,7 +90,7 @@ impl Task {
     }
 
     /// Lets the disks go on from a snapshot. What was written since the last one is lost.
-    pub(super) async fn revert(&mut self, to: &Name) -> Result<(), ApiError> {
+    async fn revert(&mut self, to: &Name) -> Result<(), ApiError> {
         self.still().await?;
         self.refuse_if_template()?;
         let vm = &self.definition;
@@ -110,7 +121,7 @@ impl Task {
     }
 
     /// Deletes a snapshot, and merges what only the VM itself needs any more.
-    pub(super) async fn delete_snapshot(&mut self, name: &Name) -> Result<(), ApiError> {
+    async fn delete_snapshot(&mut self, name: &Name) -> Result<(), ApiError> {
         self.still().await?;
         self.refuse_if_template()?;
         lineage::find(&self.definition, name)?;
@@ -145,14 +156,16 @@ impl Task {
     /// No VM of this host stands on this one's images. The controller has asked the same of the whole pool.
     pub(super) fn refuse_if_stood_on(&self) -> Result<(), ApiError> {
         let vm = self.definition.id;
-        let on = self.host.vms.names_where(|other| {
-            other.id != vm && stands_on(other, vm).next().is_some()
-        });
+        let on = self
+            .host
+            .vms
+            .names_where(|other| other.id != vm && stands_on(other, vm).next().is_some());
         if on.is_empty() {
             return Ok(());
         }
         let on: Vec<&str> = on.iter().map(Name::as_str).collect();
-        let message = format!("on VM `{}` stand linked clones: {}", self.definition.name, on.join(", "));
+        let message =
+            format!("on VM `{}` stand linked clones: {}", self.definition.name, on.join(", "));
         Err(ApiError::new(ErrorCode::InUse, message))
     }
 
