@@ -38,6 +38,9 @@ use crate::schema::Features;
 /// Pause between two questions when no event comes.
 const POLL_MILLISECONDS: u64 = 100;
 
+/// How long a destination may take, in seconds, to say how it is before it is asked out of band.
+const REST_ANSWER_SECONDS: u64 = 2;
+
 /// How often a destination is told to listen again that does not see yet that it must.
 const RECOVER_TRIES_MAX: u32 = 20;
 
@@ -292,6 +295,60 @@ fn standing(statistics: &Statistics) -> Result<Standing, IncomingError> {
         }
         ref status if status.is_postcopy() => Ok(Standing::Postcopy),
         _ => Ok(Standing::Precopy),
+    }
+}
+
+/// What is known of the rest of a guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rest {
+    /// All of it is here.
+    Whole,
+    /// Some is missing, and there is no connection by which it could come.
+    Cut,
+    /// It may come yet: QEMU believes in a connection, or is making one.
+    Open,
+}
+
+/// Whether all memory of a guest in post-copy is here, or can not come as things are. For a source that is known to send
+/// nothing more; **with any other this may take a way from it that it is about to use**.
+///
+/// A QEMU of which a device waits for a page answers no question (7.2, 10.0). Yet out of band it takes
+/// `migrate-recover`, and takes it only in `postcopy-paused`: that it listens anew at `address` is the answer then.
+///
+/// # Errors
+///
+/// [`IncomingError::Query`], `Ended`: nothing is known. Ask again.
+pub async fn rest(
+    machine: &Machine,
+    address: IpAddr,
+    ports: RangeInclusive<u16>,
+) -> Result<Rest, IncomingError> {
+    let patience = Duration::from_secs(REST_ANSWER_SECONDS);
+    let asked = tokio::time::timeout(patience, Statistics::query(machine.qmp())).await;
+    match asked {
+        Ok(Ok(statistics)) => {
+            return Ok(match statistics.status {
+                MigrationStatus::Completed => Rest::Whole,
+                MigrationStatus::PostcopyPaused
+                | MigrationStatus::PostcopyRecoverSetup
+                | MigrationStatus::Failed => Rest::Cut,
+                _ => Rest::Open,
+            });
+        }
+        Ok(Err(QmpError::TimedOut { .. })) | Err(_) => {}
+        Ok(Err(error)) => return Err(IncomingError::query(error)),
+    }
+    let first = SocketAddr::new(address, *ports.start());
+    let uri = json!({ "uri": format!("tcp:{first},to={}", ports.end()) });
+    let told = machine.qmp().execute_oob("migrate-recover", uri);
+    match tokio::time::timeout(patience, told).await {
+        Ok(Ok(_)) => Ok(Rest::Cut),
+        Ok(Err(error)) if error.is_refusal() => Ok(Rest::Open),
+        Ok(Err(error)) => Err(IncomingError::query(error)),
+        Err(_) => {
+            let command = "migrate-recover".to_owned();
+            Err(IncomingError::Query(QmpError::TimedOut { command, after: patience }))
+        }
     }
 }
 
