@@ -47,6 +47,7 @@ pub use start_up::find_all;
 pub(crate) use start_up::own_run;
 
 use crate::host::Host;
+use crate::ledger::RunRecord;
 use order::{ImageChange, Order, Published};
 
 /// Orders that may wait for a VM's task; one more is refused as `busy`.
@@ -261,8 +262,8 @@ impl Vms {
     }
 
     /// Takes in a VM whose guest has come before all of its memory: the ledger says `Fetching` already. It has a task from
-    /// now on, and is lent to the migration that brings the rest, as by [`Vms::lend`]. `qemu` is its QEMU, unless that has
-    /// ended.
+    /// now on, and is lent to the migration that brings the rest, as by [`Vms::lend`]. `run` is what its QEMU is found by,
+    /// unless that has ended.
     ///
     /// # Errors
     /// As [`Vms::adopt_incoming`].
@@ -271,14 +272,14 @@ impl Vms {
         host: &Arc<Host>,
         definition: &VmDefinition,
         (ownership, migration): (Ownership, MigrationId),
-        qemu: Option<&Spawned>,
+        run: Option<RunRecord>,
     ) -> Result<(), ApiError> {
-        let noted = match qemu {
-            Some(qemu) => host.ledger.set_running(definition, &qemu.run).await,
+        let noted = match &run {
+            Some(run) => host.ledger.set_running(definition, &run.name).await,
             None => host.ledger.set_ended(definition.id, None).await,
         };
         let news = VmState::Migrating { migration };
-        let record = qemu.map(|qemu| Box::new(qemu.record()));
+        let record = run.map(Box::new);
         let beginning = task::Beginning::Lent { migration, news, record };
         let vm = definition.id;
         self.insert(vm, task::run(host, definition.clone(), ownership, beginning));

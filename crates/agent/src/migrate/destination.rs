@@ -13,7 +13,7 @@
 //! What comes after the guest in post-copy is [`fetching`]. Not here: HTTP, the source's side, who may ask (all in [`super`]).
 
 mod definition;
-mod fetching;
+pub(super) mod fetching;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -43,7 +43,7 @@ use whimbrel_qemu::migrate::incoming::{self, IncomingError, IncomingSettings, In
 use whimbrel_qemu::process::Process;
 use whimbrel_qemu::qmp::QmpError;
 
-use self::fetching::{Came, Loading, wait_loaded};
+use self::fetching::{Came, Loading, Lost, wait_loaded};
 use super::driver::{Side, drive, ended, ticks, written};
 use super::{migration_ip, remember_incoming, settings};
 use crate::host::Host;
@@ -98,6 +98,8 @@ pub(super) struct Arrival {
     owned: Option<Ownership>,
     /// The VM has a task here, which has lent it: its memory still comes.
     adopted: bool,
+    /// Memory that its source will never send.
+    lost: Lost,
     /// Why its guest had to be ended.
     starved: Option<String>,
     moved: bool,
@@ -194,13 +196,16 @@ impl Arrival {
             resumed: None,
             owned: None,
             adopted: false,
+            lost: Lost::default(),
             starved: None,
             moved: false,
         }
     }
 
-    /// One that is taken up again, with what an earlier life of the agent had written.
+    /// One that is taken up again, with what an earlier life of the agent had written. Where its memory still came, the VM
+    /// has its task by now.
     pub(super) fn with_record(mut self, record: Ownership) -> Self {
+        self.adopted = matches!(record.standing, Standing::Fetching { .. });
         self.owned = Some(record).filter(is_owner);
         self
     }
@@ -211,7 +216,6 @@ impl Arrival {
     /// all that was made for it, and this host will never run the guest in this epoch.
     pub(super) async fn run(mut self, first: Vec<Action>, orders: mpsc::Receiver<Order>) {
         // Where it is taken up again the guest may be here already, and the rest of its memory still come.
-        self.adopt().await;
         if self.rules.lacks_memory() {
             self.fetch();
         }
@@ -365,7 +369,19 @@ impl Arrival {
             return DestinationInput::Continued;
         }
         let Some(target) = &mut self.target else { return DestinationInput::QemuGone };
+        let deaf = target.machine.qmp().ended().is_some();
+        // Who waits for the rest would open a session, too, and QEMU has one at a time.
+        let fetches = self.loading.take_if(|_| deaf).is_some();
         let process = target.process.clone();
+        let answer = self.let_run(&process).await;
+        if fetches {
+            self.fetch();
+        }
+        answer
+    }
+
+    async fn let_run(&mut self, process: &Process) -> DestinationInput {
+        let Some(target) = &mut self.target else { return DestinationInput::QemuGone };
         let mut events = target.machine.events();
         let mut unanswered = false;
         loop {

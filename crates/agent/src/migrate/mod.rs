@@ -526,6 +526,8 @@ async fn depart(
     }
     let ended = OutgoingReport { relay: None, end, ..report.borrow().clone() };
     info!(migration = %id, %vm, end = ?ended.end, "the migration has ended here");
+    // A test that wants the agent to die before it has noted how it ended says so; a failure changes nothing.
+    let _noted = host.failpoints.hit("source.before-end").await;
     // Written before it is told: whoever hears it may ask at once for the row to be removed.
     if let Err(error) = remember_outgoing(host, id, &request, Some(&ended)).await {
         warn!(migration = %id, error = chain(&error), "the end is only in memory: the ledger could not be written");

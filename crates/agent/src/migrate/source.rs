@@ -11,8 +11,8 @@
 //! The VM is taken by value from its task ([`RunningVm`]) and given back by [`Ended`]. Each in its own file: [`mod@copy`],
 //! a stopped VM's [`mod@definition`], how it is steered ([`steering`]), what is learnt of its
 //! guest meanwhile ([`looking`]), what follows it in post-copy ([`serving`]), the
-//! questions to the destination ([`asking`]), the guest that stays or is gone ([`guest`]), this host's [`word`],
-//! and the figures ([`pause`], [`samples`]). Not here: HTTP, the destination's side, what QEMU is told
+//! questions to the destination ([`asking`]), the guest that stays or is gone ([`guest`]), this host's [`word`], what is
+//! told and noted ([`news`]), and the figures ([`pause`], [`samples`]). Not here: HTTP, the destination's side, what QEMU is told
 //! ([`whimbrel_qemu::migrate::outgoing`]). Called by [`super::Migrations`].
 
 mod asking;
@@ -20,6 +20,7 @@ mod copy;
 mod definition;
 mod guest;
 mod looking;
+mod news;
 mod pause;
 pub(super) mod samples;
 mod serving;
@@ -36,29 +37,28 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Interval, interval};
-use tracing::{debug, error};
+use tracing::error;
 use whimbrel_api::agent::{OutgoingEnd, OutgoingReport, OutgoingRequest};
 use whimbrel_api::client::AgentClient;
-use whimbrel_api::error::chain;
 use whimbrel_api::migration::{LiveSettings, MigrationAction, Mode, Statement, Stay};
-use whimbrel_api::vm::VmState;
 use whimbrel_api::{ApiError, ErrorCode, MigrationId, Phase};
 use whimbrel_migration::handoff::{
     Action, Body, Claim, Message, Ownership, Source, SourceInput, UNRESOLVED_AFTER_MS,
 };
 use whimbrel_migration::phase::Outcome;
-use whimbrel_qemu::event::{Event, EventError, EventKind, Events};
+use whimbrel_qemu::event::{Event, EventError, Events};
 use whimbrel_qemu::migrate::Statistics;
-use whimbrel_qemu::migrate::outgoing::{self, Completed, OutgoingError, OutgoingSettings};
+use whimbrel_qemu::migrate::outgoing::{self, OutgoingSettings};
 use whimbrel_qemu::process::Process;
 
 use self::asking::Asking;
 use self::copy::{CONFIRM_SECONDS, Copying, enter};
 use self::guest::{lay_out_credentials, remove_credentials};
 use self::looking::Look;
+use self::news::SERVING_SILENT_SECONDS;
 use self::pause::Pause;
 use self::samples::Samples;
-use self::serving::Rest;
+use self::serving::{Rest, rest};
 use self::steering::{Steering, Telling};
 use super::destination::LEASE_SECONDS;
 use super::driver::{Side, drive, ended, ticks};
@@ -68,10 +68,6 @@ use crate::vm::{RunningVm, kept};
 
 /// How often the destination hears that the source still means it, in seconds: renews the destination's lease.
 const HEARTBEAT_SECONDS: u64 = 10;
-
-/// How long a destination may be silent, in seconds, that fetches memory from here, until the operator is told. More than
-/// after the release: nothing stands still for it, and a network that is back soon is no news.
-const SERVING_SILENT_SECONDS: u64 = 30;
 
 /// What somebody else wants of a migration under way.
 #[derive(Debug)]
@@ -124,6 +120,12 @@ pub(super) struct Departure {
     cancels: Vec<oneshot::Sender<bool>>,
     /// When the destination last answered anything, or took more of the guest.
     lively_at: Instant,
+    /// How long a destination that fetches may be silent until that is told.
+    patience: Duration,
+    /// The destination has said last that it knows nothing of this migration.
+    denied: bool,
+    /// Something has changed that the agent's next life is to know.
+    changed: bool,
     /// When the last byte of the guest was sent.
     moved_at: Instant,
     /// A question is open whose answer will tell that the destination holds the guest.
@@ -239,6 +241,9 @@ impl Departure {
             answer_due: false,
             cancels: Vec::new(),
             lively_at: Instant::now(),
+            patience: Duration::from_secs(SERVING_SILENT_SECONDS),
+            denied: false,
+            changed: false,
             moved_at: Instant::now(),
             confirm_by: None,
             released_at,
@@ -253,6 +258,7 @@ impl Departure {
     /// Postcondition: the rules are finished. `Stayed`: this host owns the VM, and the guest runs if it shall and can. `Moved`: the
     /// destination has said that it owns the VM, and what was its QEMU here is ending.
     pub(super) async fn run(mut self, first: Vec<Action>, orders: mpsc::Receiver<Order>) -> Ended {
+        self.choose_patience().await;
         if self.rules.is_past_release() {
             // It is taken up again, and may be sending memory still: what was said meanwhile is not said again.
             self.serve_again().await;
@@ -270,12 +276,13 @@ impl Departure {
         self.finish().await
     }
 
-    fn ordered(&mut self, order: Order) -> Option<SourceInput> {
+    async fn ordered(&mut self, order: Order) -> Option<SourceInput> {
         match order {
             Order::Answer(message) => {
                 if message.body == Body::Refused {
                     self.refused_there();
                 }
+                self.denied = message.body == Body::Unknown;
                 self.lively_at = Instant::now();
                 Some(SourceInput::Receive(message))
             }
@@ -285,11 +292,19 @@ impl Departure {
                 None
             }
             Order::Act(action, to, answer) => {
-                let _gone = answer.send(self.act_by_order(action, to));
+                let taken = self.act_by_order(action, to);
+                if taken.is_ok() && self.rules.is_past_release() {
+                    self.note(None).await;
+                }
+                let _gone = answer.send(taken);
                 None
             }
             Order::Reclaim { statement, waits, answer } => {
                 let taken = self.reclaim(statement, waits);
+                if matches!(taken, Ok(Some(_))) {
+                    // Before anything follows from it: whoever asks after a restart is told so.
+                    self.note(self.why.clone()).await;
+                }
                 let input = taken.as_ref().ok().cloned().flatten();
                 let _gone = answer.send(taken.map(drop));
                 input
@@ -324,37 +339,6 @@ impl Departure {
         SourceInput::Fail(message)
     }
 
-    /// What an event of the source's QEMU means for the migration: a guest that powers itself off has nowhere to go.
-    fn qemu_said(&mut self, event: &Event) -> Option<SourceInput> {
-        match event.kind {
-            EventKind::Shutdown { guest: true, .. } if !self.rules.is_past_release() => {
-                self.why.get_or_insert(Stay::GuestPoweredOff);
-                Some(SourceInput::Fail("the guest powered itself off".to_owned()))
-            }
-            // The guest stands still: the destination can be asked while QEMU sends the rest. A question that is open already
-            // is answered as well, and a second one at this moment would have to make a connection of its own first.
-            EventKind::Stop => {
-                if self.asking.is_empty() {
-                    self.ask_loaded();
-                }
-                None
-            }
-            _ => None,
-        }
-    }
-
-    fn qemu_ended(&mut self) -> SourceInput {
-        let words = self
-            .guest
-            .as_ref()
-            .map(|guest| guest.qemu.process.last_words().join("; "))
-            .unwrap_or_default();
-        let message = format!("the source's QEMU ended: {words}");
-        let (phase, code) = (self.report.borrow().phase, ErrorCode::Engine.as_str().to_owned());
-        self.why.get_or_insert(Stay::Failed { phase, code, message });
-        SourceInput::QemuGone
-    }
-
     fn deadline(&mut self) -> Option<SourceInput> {
         if self.confirm_by.is_some_and(|by| by <= Instant::now()) && !self.rules.is_past_release() {
             self.confirm_by = None;
@@ -380,8 +364,7 @@ impl Departure {
             return Some(self.failed(phase, ErrorCode::Unreachable, message));
         }
         if self.rules.is_serving() {
-            let silent = self.lively_at.elapsed() >= Duration::from_secs(SERVING_SILENT_SECONDS);
-            return silent.then_some(SourceInput::Overdue);
+            return self.is_newly_silent().then_some(SourceInput::Overdue);
         }
         let waited = self.released_at.map(|at| at.elapsed());
         if waited.is_some_and(|waited| waited >= Duration::from_millis(UNRESOLVED_AFTER_MS)) {
@@ -395,30 +378,6 @@ impl Departure {
         for answer in self.cancels.drain(..) {
             // Whoever asked may have gone.
             let _gone = answer.send(accepted);
-        }
-    }
-
-    async fn raise_unresolved(&mut self) {
-        let (migration, vm, ask) = (self.id, self.request.vm, self.rules.peer().clone());
-        if self.rules.is_serving() {
-            error!(%migration, %vm, %ask, "unresolved: the VM is that host's, which is silent; the rest of its memory is kept here");
-        } else {
-            error!(%migration, %vm, %ask, "unresolved: the VM was given away and is paused here until that host answers");
-        }
-        let news = VmState::Unresolved { migration, ask: ask.clone() };
-        self.host.vms.loan_news(vm, news).await;
-        self.report.send_modify(|report| report.end = OutgoingEnd::Unresolved { ask });
-    }
-
-    /// Once the destination owns the VM nothing is in doubt but whether it is heard, and that is taken back when it is.
-    async fn look_after_resolution(&mut self) {
-        let heard = self.lively_at.elapsed() < Duration::from_secs(SERVING_SILENT_SECONDS);
-        let raised = matches!(self.report.borrow().end, OutgoingEnd::Unresolved { .. });
-        let told_before = self.released_at.take_if(|_| self.rules.is_serving()).is_none();
-        if self.rules.is_serving() && heard && (raised || !told_before) {
-            let migration = self.id;
-            self.host.vms.loan_news(self.request.vm, VmState::Migrating { migration }).await;
-            self.report.send_modify(|report| report.end = OutgoingEnd::Open);
         }
     }
 
@@ -444,7 +403,7 @@ impl Departure {
             if self.end != OutgoingEnd::Moved {
                 // QEMU is as it was before: the next try begins anew.
                 if let Err(error) = outgoing::reset(&guest.qemu.machine).await {
-                    debug!(migration = %self.id, error = chain(&error), "QEMU's migration settings could not be taken back");
+                    self.tell_kept(&error);
                 }
             }
             remove_credentials(guest);
@@ -477,7 +436,10 @@ impl Side for Departure {
                 self.send(message);
             }
             Action::BeginCopy if self.is_definition() => return Some(self.send_definition()),
-            Action::BeginCopy => self.begin_copy(),
+            Action::BeginCopy => match self.off_already().await {
+                Some(input) => return Some(input),
+                None => self.begin_copy(),
+            },
             Action::StopCopy => self.stop_copy().await,
             Action::ResumeGuest => self.resume_guest().await,
             Action::QuitSource => {
@@ -506,18 +468,16 @@ impl Side for Departure {
     }
 
     async fn listen(&mut self, ears: &mut Ears) -> Option<SourceInput> {
+        self.note_changes().await;
         tokio::select! {
-            Some(order) = ears.orders.recv() => self.ordered(order),
+            // What the guest did comes before what would give it away.
+            biased;
+            event = next_event(&mut ears.events) => self.qemu_said(&event),
+            Some(order) = ears.orders.recv() => self.ordered(order).await,
             Some(answer) = self.asking.next(), if !self.asking.is_empty() => self.answered(answer),
             Some(told) = self.telling.next(), if !self.telling.is_empty() => self.was_told(told),
             copied = or_never(self.copying.as_mut()) => Some(self.copied(copied)),
-            told = rest(self.serving.as_mut()) => match told {
-                RestTold::Ended(ended) => self.served(*ended),
-                RestTold::Tried(recovered) => {
-                    self.recovered(recovered);
-                    None
-                }
-            },
+            told = rest(self.serving.as_mut()) => self.told_of_rest(told, ears),
             Ok(()) = ears.statistics.changed() => {
                 let statistics = ears.statistics.borrow_and_update().clone();
                 self.copied_more(&statistics);
@@ -528,7 +488,6 @@ impl Side for Departure {
                 self.looked(found);
                 None
             }
-            event = next_event(&mut ears.events) => self.qemu_said(&event),
             () = ended(ears.process.as_ref()) => {
                 ears.process = None;
                 Some(self.qemu_ended())
@@ -542,21 +501,6 @@ impl Side for Departure {
                 Some(self.deadline().unwrap_or(SourceInput::Tick))
             }
         }
-    }
-}
-
-/// What is heard of post-copy.
-enum RestTold {
-    Ended(Box<Result<Completed, OutgoingError>>),
-    Tried(Result<(), String>),
-}
-
-/// The next thing that is heard of post-copy, and never anything without it.
-async fn rest(rest: Option<&mut Rest>) -> RestTold {
-    let Some(rest) = rest else { return std::future::pending().await };
-    tokio::select! {
-        ended = &mut rest.whole => RestTold::Ended(Box::new(ended)),
-        recovered = or_never(rest.recovering.as_mut()) => RestTold::Tried(recovered),
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // tests: the lint knows only functions marked as such
 
 mod certificates;
+mod guests;
 mod http;
 mod leftovers;
 mod lineage;
@@ -15,6 +16,7 @@ mod place;
 mod postcopy;
 mod real;
 mod reclaim;
+mod recovery;
 mod restarts;
 mod saved;
 mod sources;

@@ -15,9 +15,9 @@ use crate::pair::{Pair, Try, Way, with_pair, with_pair_of};
 use crate::place::{Life, eventually, kill, state};
 
 /// Copying that never ends, and a rest that takes its time.
-const ENDLESS: &str = "copying-ms=20000 postcopy-ms=3000";
+pub(crate) const ENDLESS: &str = "copying-ms=20000 postcopy-ms=3000";
 
-fn postcopy(begin: PostcopyBegin) -> Way {
+pub(crate) fn postcopy(begin: PostcopyBegin) -> Way {
     let mut way = Way::default();
     let (preempt, bandwidth_bytes_per_s) = (false, None);
     way.strategy.postcopy = Some(PostcopySetting { begin, preempt, bandwidth_bytes_per_s });
@@ -25,12 +25,16 @@ fn postcopy(begin: PostcopyBegin) -> Way {
     way
 }
 
-async fn standing(life: &Life, vm: VmId) -> Option<Standing> {
+pub(crate) async fn standing(life: &Life, vm: VmId) -> Option<Standing> {
     life.host.ledger.current(vm).await.unwrap().map(|record| record.standing)
 }
 
 impl Pair {
-    async fn act(&self, one: &Try, action: MigrationAction) -> Result<OutgoingReport, ErrorCode> {
+    pub(crate) async fn act(
+        &self,
+        one: &Try,
+        action: MigrationAction,
+    ) -> Result<OutgoingReport, ErrorCode> {
         let told = match action {
             MigrationAction::Recover => {
                 self.client(&self.a).recover_outgoing(one.id, &RecoverOrder::default()).await
@@ -41,14 +45,14 @@ impl Pair {
     }
 
     /// Begins at `a`, and orders post-copy as soon as that can be.
-    async fn begin_postcopy(&self, one: &Try) {
+    pub(crate) async fn begin_postcopy(&self, one: &Try) {
         self.a.faults(ENDLESS);
         self.begin_by(one, &self.a, &self.b, postcopy(PostcopyBegin::WhenOrdered)).await;
         eventually(async || self.act(one, MigrationAction::Postcopy).await.is_ok()).await;
     }
 
     /// The guest runs at `b`, and the rest does not come before the faults are taken away.
-    async fn serving(&self, vm: VmId, a: &Life) -> Try {
+    pub(crate) async fn serving(&self, vm: VmId, a: &Life) -> Try {
         let one = self.try_to_move(vm, a);
         self.begin_postcopy(&one).await;
         self.phase(&one, &self.a, Phase::Postcopy).await;
@@ -56,7 +60,11 @@ impl Pair {
         one
     }
 
-    async fn postcopy_state(&self, one: &Try, wanted: impl Fn(&PostcopyState) -> bool) -> u64 {
+    pub(crate) async fn postcopy_state(
+        &self,
+        one: &Try,
+        wanted: impl Fn(&PostcopyState) -> bool,
+    ) -> u64 {
         let mut recoveries = 0;
         eventually(async || {
             let Ok(report) = self.client(&self.a).outgoing(one.id).await else { return false };
@@ -68,7 +76,7 @@ impl Pair {
         recoveries
     }
 
-    fn ends_moved(&self, one: &Try, (a, b): (&Life, &Life)) {
+    pub(crate) fn ends_moved(&self, one: &Try, (a, b): (&Life, &Life)) {
         self.a.faults("");
         self.b.faults("");
         let end = self.calls.block_on(self.end(one, &self.a));
@@ -86,7 +94,7 @@ impl Pair {
     }
 
     /// It stayed, runs, and moves with the next try.
-    fn stays_and_moves_then(&self, one: &Try, (a, b): (&Life, &Life)) {
+    pub(crate) fn stays_and_moves_then(&self, one: &Try, (a, b): (&Life, &Life)) {
         let end = self.calls.block_on(self.end(one, &self.a));
         assert!(matches!(end, OutgoingEnd::Stayed { .. }), "{end:?}");
         self.a.faults("");
@@ -280,22 +288,26 @@ fn agents_that_die_in_postcopy_find_it_again() {
 #[test]
 fn a_destination_that_is_silent_while_it_fetches_is_told_until_it_is_heard_again() {
     with_pair(|pair, a, b| {
+        pair.a.failpoints("source.silent-soon=error");
         let vm = pair.vm_on(&a);
         let one = pair.calls.block_on(pair.serving(vm, &a));
         let migration = one.id;
         assert_eq!(state(&a.host, vm), VmState::Migrating { migration });
-        // Neither its agent nor its QEMU takes anything.
-        b.kill();
-        pair.a.faults("refuse:postcopy");
         let ask = pair.b.config.name.clone();
         let end = async || pair.client(&pair.a).outgoing(one.id).await.unwrap().end;
-        pair.calls.block_on(eventually(async || {
-            // Nothing is told in the first seconds: what is back soon is no news.
-            end().await == OutgoingEnd::Unresolved { ask: ask.clone() }
-        }));
-        let b = pair.b.live();
-        pair.a.faults("postcopy-ms=600000");
-        pair.calls.block_on(eventually(async || end().await == OutgoingEnd::Open));
+        let mut b = b;
+        // As often as it falls silent.
+        for _ in 0..2 {
+            // Neither its agent nor its QEMU takes anything.
+            b.kill();
+            pair.a.faults("refuse:postcopy");
+            pair.calls.block_on(eventually(async || {
+                end().await == OutgoingEnd::Unresolved { ask: ask.clone() }
+            }));
+            b = pair.b.live();
+            pair.a.faults("postcopy-ms=600000");
+            pair.calls.block_on(eventually(async || end().await == OutgoingEnd::Open));
+        }
         pair.ends_moved(&one, (&a, &b));
     });
 }

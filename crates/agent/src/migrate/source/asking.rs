@@ -82,6 +82,7 @@ impl Departure {
 
     /// What an answer means, with the moments that it marks.
     fn heard(&mut self, answer: Handoff) -> SourceInput {
+        self.denied = answer.message.body == Body::Unknown;
         match answer.message.body {
             Body::Loaded => {
                 self.pause.confirmed.get_or_insert_with(now_us);
@@ -89,6 +90,7 @@ impl Departure {
             Body::Owned => {
                 if let Some(downtime) = self.pause.over(answer.resumed) {
                     self.report.send_modify(|report| report.downtime = Some(downtime));
+                    self.changed = true;
                 }
             }
             Body::Refused => self.refused_there(),

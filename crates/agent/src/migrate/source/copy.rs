@@ -211,13 +211,14 @@ impl Departure {
         self.copying = None;
         // What QEMU has not been told yet it is not told any more; what it has been told comes before what is told now.
         self.telling.clear();
+        // Nobody else may be opening a session with QEMU: it has one at a time.
+        self.serving = None;
         let Some(guest) = &mut self.guest else { return };
         let within = Duration::from_secs(CANCEL_SECONDS);
         // A QEMU that lives and cannot be heard is waited for when the guest is to be resumed.
         let _heard = timeout(within, hear_again(&self.host, &mut guest.qemu)).await;
         let (machine, process) = (&guest.qemu.machine, &guest.qemu.process);
         let alone = Duration::from_millis(CANCEL_ALONE_MS);
-        self.serving = None;
         let mut cancelled = timeout(alone, Outgoing::reattach(machine).cancel(within)).await;
         if cancelled.is_err() {
             // It waits for a destination that does not answer, perhaps so that it hears nobody.

@@ -9,8 +9,9 @@
 //! ```
 //!
 //! The guest has been given away, or is about to be: neither QEMU is ended here, whatever happens, and how long it takes is
-//! nobody's to bound (invariant I23). A QEMU that gives its stream up for good is told to the rules. Not here: the copy
-//! before it ([`super::copy`]), and the destination's half ([`crate::migrate::destination`]).
+//! nobody's to bound (invariant I23). A QEMU that gives its stream up for good is told to the rules. Where the session with
+//! QEMU ends, another is opened: until then nothing would be heard, nor made again. Not here: the copy before it
+//! ([`super::copy`]), and the destination's half ([`crate::migrate::destination`]).
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -25,13 +26,16 @@ use whimbrel_api::error::chain;
 use whimbrel_api::migration::{PostcopyReport, PostcopyState};
 use whimbrel_api::{ApiError, ErrorCode};
 use whimbrel_migration::handoff::{SourceInput, Standing};
+use whimbrel_qemu::machine::Machine;
 use whimbrel_qemu::migrate::outgoing::{
     Completed, Control, Outgoing, OutgoingError, pause_postcopy,
 };
 use whimbrel_qemu::migrate::{MigrationStatus, Statistics};
 
-use super::Departure;
+use super::news::HELD;
+use super::{Departure, Ears, or_never};
 use crate::vm::RunningVm;
+use crate::vm::found::{Found, find_again};
 
 /// How long after a failed attempt the connection is tried again, in milliseconds.
 const RECOVER_PACE_MS: u64 = 1_000;
@@ -46,14 +50,35 @@ const ASK_AGAIN_MS: u64 = 500;
 const LAST_WORD_MS: u64 = 500;
 
 type Serving = Pin<Box<dyn Future<Output = Result<Completed, OutgoingError>> + Send>>;
-type Recovering = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+type Hearing = Pin<Box<dyn Future<Output = Machine> + Send>>;
+type Recovering = Pin<Box<dyn Future<Output = Recovery> + Send>>;
+
+/// How far an attempt has come to make the connection again.
+pub(super) enum Recovery {
+    /// The destination listens anew.
+    Listens(SocketAddr),
+    /// Memory flows again.
+    Flows,
+    /// It came to nothing.
+    Failed(String),
+}
+
+/// What is heard of post-copy.
+pub(super) enum RestTold {
+    Ended(Box<Result<Completed, OutgoingError>>),
+    Tried(Recovery),
+    /// There is a session with QEMU again.
+    Heard(Machine),
+}
 
 /// Post-copy under way.
 pub(super) struct Rest {
     /// Ends with the last page.
-    pub(super) whole: Serving,
+    whole: Serving,
+    /// The session with QEMU that is being opened in place of one that has ended.
+    hearing: Option<Hearing>,
     /// The attempt to make the connection again that is under way.
-    pub(super) recovering: Option<Recovering>,
+    recovering: Option<Recovering>,
     sent_bytes: u64,
     moved_at: Instant,
     /// Before this moment no attempt is made.
@@ -65,18 +90,31 @@ pub(super) struct Rest {
     recovers_since: Option<Instant>,
 }
 
+/// The next thing that is heard of post-copy, and never anything without it.
+pub(super) async fn rest(rest: Option<&mut Rest>) -> RestTold {
+    let Some(rest) = rest else { return std::future::pending().await };
+    tokio::select! {
+        ended = &mut rest.whole => RestTold::Ended(Box::new(ended)),
+        tried = or_never(rest.recovering.as_mut()) => RestTold::Tried(tried),
+        machine = or_never(rest.hearing.as_mut()) => RestTold::Heard(machine),
+    }
+}
+
 impl Departure {
     /// Waits for the end of post-copy, beside everything else.
     pub(super) fn serve(&mut self) {
         let now = Instant::now();
         let Some(whole) = self.wait_whole(Duration::ZERO) else { return };
+        // Known where it is taken up again.
+        let noted = self.report.borrow().postcopy.as_ref().map(|postcopy| postcopy.state.clone());
         self.serving = Some(Rest {
             whole,
+            hearing: None,
             recovering: None,
             sent_bytes: 0,
             moved_at: now,
             not_before: now,
-            by_hand: false,
+            by_hand: matches!(noted, Some(PostcopyState::Paused { by_hand: true, .. })),
             given_up: None,
             recovers_since: None,
         });
@@ -124,11 +162,51 @@ impl Departure {
         }))
     }
 
+    /// Whether post-copy is held by hand.
+    pub(super) fn is_held(&self) -> bool {
+        self.serving.as_ref().is_some_and(|rest| rest.by_hand)
+    }
+
+    /// Something is heard of post-copy.
+    pub(super) fn told_of_rest(&mut self, told: RestTold, ears: &mut Ears) -> Option<SourceInput> {
+        match told {
+            RestTold::Ended(ended) => return self.served(*ended),
+            RestTold::Tried(recovery) => self.tried(recovery),
+            RestTold::Heard(machine) => {
+                ears.events = Some(machine.events());
+                self.heard_qemu(machine);
+            }
+        }
+        None
+    }
+
+    /// The session with QEMU has ended: another is opened. With one that is gone there is none, and its end is heard
+    /// elsewhere.
+    fn hear_qemu(&self) -> Option<Hearing> {
+        let guest = self.guest.as_ref()?;
+        let (host, record) = (self.host.clone(), guest.qemu.record());
+        warn!(migration = %self.id, "the session with QEMU has ended in post-copy; opening another");
+        Some(Box::pin(async move {
+            match find_again(&host, &record).await {
+                Found::Alive(found) => found.machine,
+                Found::Gone { .. } => std::future::pending().await,
+            }
+        }))
+    }
+
+    fn heard_qemu(&mut self, machine: Machine) {
+        self.steering.control().send_replace(Some(Control::of(&machine)));
+        if let Some(guest) = &mut self.guest {
+            guest.qemu.machine = machine;
+        }
+        let whole = self.wait_whole(Duration::ZERO);
+        if let (Some(rest), Some(whole)) = (self.serving.as_mut(), whole) {
+            (rest.hearing, rest.whole) = (None, whole);
+        }
+    }
+
     /// QEMU has said how post-copy ended, or could not be asked.
-    pub(super) fn served(
-        &mut self,
-        ended: Result<Completed, OutgoingError>,
-    ) -> Option<SourceInput> {
+    fn served(&mut self, ended: Result<Completed, OutgoingError>) -> Option<SourceInput> {
         match ended {
             Ok(completed) => {
                 self.samples.keep_raw(&completed.statistics);
@@ -150,13 +228,22 @@ impl Departure {
             }
             // Its end is heard elsewhere; until then it is asked again.
             Err(_) => {
-                let again = self.wait_whole(Duration::from_millis(ASK_AGAIN_MS));
-                match (self.serving.as_mut(), again) {
-                    (Some(rest), Some(again)) => rest.whole = again,
-                    _ => self.serving = None,
-                }
+                self.ask_whole_again();
                 None
             }
+        }
+    }
+
+    fn ask_whole_again(&mut self) {
+        let deaf = |guest: &RunningVm| guest.qemu.machine.qmp().ended().is_some();
+        let hearing = if self.guest.as_ref().is_some_and(deaf) { self.hear_qemu() } else { None };
+        let again: Option<Serving> = match &hearing {
+            Some(_) => Some(Box::pin(std::future::pending())),
+            None => self.wait_whole(Duration::from_millis(ASK_AGAIN_MS)),
+        };
+        match (self.serving.as_mut(), again) {
+            (Some(rest), Some(again)) => (rest.whole, rest.hearing) = (again, hearing),
+            _ => self.serving = None,
         }
     }
 
@@ -186,6 +273,11 @@ impl Departure {
                 warn!(migration = %self.id, "nothing moves in post-copy; its connection is given up and made again");
                 self.pause_stream();
             }
+            // The order was given to a QEMU that did not hear it.
+            MigrationStatus::PostcopyActive if by_hand && rest.not_before <= Instant::now() => {
+                rest.not_before = Instant::now() + Duration::from_millis(RECOVER_PACE_MS);
+                self.pause_stream();
+            }
             MigrationStatus::PostcopyActive => {
                 rest.recovers_since = None;
                 self.enter_postcopy_state(PostcopyState::Active);
@@ -194,7 +286,7 @@ impl Departure {
                 (rest.moved_at, rest.recovers_since) = (Instant::now(), None);
                 // QEMU would say of either that its user wanted it.
                 let why = match (by_hand, rest.given_up, &statistics.error_desc) {
-                    (true, ..) => "an order".to_owned(),
+                    (true, ..) => HELD.to_owned(),
                     (false, Some(why), _) => why.to_owned(),
                     (false, None, Some(why)) => why.clone(),
                     (false, None, None) => "the connection to the destination is lost".to_owned(),
@@ -246,43 +338,59 @@ impl Departure {
     /// Makes the connection again, if nobody is at it and the last attempt is some time ago. `to` is where the destination
     /// listens anew, if the controller has asked it.
     fn recover(&mut self, to: Option<SocketAddr>) {
-        let (Some(rest), Some(guest)) = (self.serving.as_mut(), &self.guest) else { return };
+        let Some(rest) = self.serving.as_mut() else { return };
         if rest.recovering.is_some() || (to.is_none() && Instant::now() < rest.not_before) {
             return;
         }
-        let (machine, peer, id) = (guest.qemu.machine.clone(), self.peer.clone(), self.id);
+        let (peer, id) = (self.peer.clone(), self.id);
         let ticket = self.request.offer.ticket.clone();
         rest.recovering = Some(Box::pin(async move {
-            let to = match to {
-                Some(to) => to,
-                None => {
-                    let asked = peer.listen_again(id, &ListenAgain { ticket }).await;
-                    asked.map_err(|error| error.to_string())?.address
-                }
-            };
-            let within = Duration::from_secs(RECOVER_SECONDS);
-            let recovered = Outgoing::reattach(&machine).recover(to, within).await;
-            recovered.map_err(|error| chain(&error))
+            if let Some(to) = to {
+                return Recovery::Listens(to);
+            }
+            match peer.listen_again(id, &ListenAgain { ticket }).await {
+                Ok(listening) => Recovery::Listens(listening.address),
+                Err(error) => Recovery::Failed(error.to_string()),
+            }
         }));
     }
 
-    /// An attempt has ended.
-    pub(super) fn recovered(&mut self, recovered: Result<(), String>) {
+    /// The destination listens anew: QEMU connects. From now on this is where its stream goes.
+    fn connect_anew(&mut self, to: SocketAddr) {
+        (self.settings.to, self.request.offer.address) = (to, to);
+        self.changed = true;
+        let (Some(rest), Some(guest)) = (self.serving.as_mut(), &self.guest) else { return };
+        let machine = guest.qemu.machine.clone();
+        rest.recovering = Some(Box::pin(async move {
+            let within = Duration::from_secs(RECOVER_SECONDS);
+            match Outgoing::reattach(&machine).recover(to, within).await {
+                Ok(()) => Recovery::Flows,
+                Err(error) => Recovery::Failed(chain(&error)),
+            }
+        }));
+    }
+
+    /// An attempt has come further, or ended.
+    fn tried(&mut self, recovery: Recovery) {
         let Some(rest) = self.serving.as_mut() else { return };
         rest.recovering = None;
         rest.moved_at = Instant::now();
         rest.not_before = Instant::now() + Duration::from_millis(RECOVER_PACE_MS);
-        match recovered {
-            Ok(()) => {
+        match recovery {
+            Recovery::Listens(to) => self.connect_anew(to),
+            Recovery::Flows => {
                 rest.given_up = None;
                 info!(migration = %self.id, "post-copy goes on over a new connection");
+                self.changed = true;
                 self.report.send_modify(|report| {
                     if let Some(postcopy) = &mut report.postcopy {
                         postcopy.recoveries += 1;
                     }
                 });
             }
-            Err(why) => info!(migration = %self.id, why, "post-copy is paused still; trying again"),
+            Recovery::Failed(why) => {
+                info!(migration = %self.id, why, "post-copy is paused still; trying again");
+            }
         }
     }
 

@@ -369,7 +369,7 @@ impl Departure {
         Some(self.failed(Phase::Precopy, ErrorCode::Engine, message))
     }
 
-    fn decided(&self, decision: Decision) {
+    pub(super) fn decided(&self, decision: Decision) {
         self.report.send_modify(|report| {
             if report.decisions.len() >= DECISIONS_MAX {
                 // The first ones and the latest are kept.
