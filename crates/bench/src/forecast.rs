@@ -27,6 +27,8 @@ const SETTLE: Duration = Duration::from_secs(2);
 /// A move may take this many times what the memory takes on the link, and no less than the least.
 const TIMES_ON_LINK_MAX: f64 = 4.0;
 const WITHIN_MIN_S: f64 = 20.0;
+/// And no less than this many times what was foretold.
+const TIMES_FORETOLD_MAX: f64 = 1.5;
 /// What counts as the rate of a link without a shaper.
 const UNSHAPED_BITS_PER_S: f64 = 4e9;
 /// This close to the limit either answer is right, in percent of the dirty rate.
@@ -147,7 +149,7 @@ fn one(stage: &Stage, guest: &Guest<'_>, case: Case, to: &str) -> Result<Compare
     stage.pause(SETTLE)?;
     let plan = stage.whimbrel(&["plan", &guest.name, to, "--fresh", "--json"])?;
     let foretold = Foretold::read(&plan)?;
-    let moved = guest.migrate_within(to, &[], case.within())?;
+    let moved = guest.migrate_within(to, &[], case.within(&foretold))?;
     dirty(0)?;
     guest.verify()?;
     let fact = moved.as_ref().map(Fact::of).transpose()?;
@@ -155,11 +157,12 @@ fn one(stage: &Stage, guest: &Guest<'_>, case: Case, to: &str) -> Result<Compare
 }
 
 impl Case {
-    /// How long its move may take.
-    fn within(self) -> Duration {
+    /// How long its move may take: what the memory takes several times over, and longer where that was foretold.
+    fn within(self, foretold: &Foretold) -> Duration {
         let bits = f64::from(self.memory_mib) * 8.0 * 1_048_576.0;
         let link = self.link_mbit_per_s.map_or(UNSHAPED_BITS_PER_S, |mbit| mbit as f64 * 1e6);
-        Duration::from_secs_f64((bits / link * TIMES_ON_LINK_MAX).max(WITHIN_MIN_S))
+        let foretold_s = foretold.total_ms.unwrap_or_default() / 1e3 * TIMES_FORETOLD_MAX;
+        Duration::from_secs_f64((bits / link * TIMES_ON_LINK_MAX).max(WITHIN_MIN_S).max(foretold_s))
     }
 
     fn name(self) -> String {

@@ -119,7 +119,7 @@ fn an_idle_guest_on_a_slow_link_takes_the_first_rung() {
 #[test]
 fn a_fast_link_is_given_more_connections() {
     let mut world = World::new(0, 0);
-    world.facts.link.bytes_per_s = 5_000_000_000;
+    world.facts.link.bytes_per_s = 12_500_000_000;
     let plan = world.plan();
     assert_eq!(plan.strategy.rung, Rung::Channels);
     assert!(plan.strategy.channels.is_some_and(|channels| channels > 1));
