@@ -50,4 +50,10 @@ fn a_reboot_in_the_copy_goes_along_and_a_power_off_ends_it() {
     stage.ok(&["vm", "start", VM]);
     stage.wait_filled();
     stage.moves("host-a");
+
+    // What came with a guest has to outlast its next reset.
+    let before = stage.assert_healthy();
+    stage.lab.witness(guest()).unwrap().end(Command::Reboot).unwrap();
+    stage.wait_filled_after(&before.boot_id);
+    stage.assert_runs_on("host-a");
 }

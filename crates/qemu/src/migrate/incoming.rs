@@ -8,9 +8,9 @@
 //! - **Loaded proves nothing alone.** After a cancel in the source's last stage the source lets its
 //!   guest run again *and* the destination still becomes `completed`. Only the source's
 //!   `completed` together with this one's does.
-//! - By default QEMU announces the guest's addresses as soon as it is loaded, before `cont`: the
-//!   network would turn to a guest that is not running, and may never. The rounds are set to 0
-//!   here, so whoever sends `cont` calls [`Machine::announce_self`] after it.
+//! - QEMU announces the guest's addresses once it is loaded. The frames of a guest that does not run wait until
+//!   it does: the network is not turned to one that may never run. One round is asked for here
+//!   (`ANNOUNCE_ROUNDS_WHEN_LOADED`), and whoever sends `cont` calls [`Machine::announce_self`] after it.
 //! - With `late-block-activate` the disks are opened and locked by `cont`. Without it 7.2 takes
 //!   them when loaded, and the source could not go back to them; 10.0 waits in either case.
 //! - A failed load ends QEMU with status 1 and a line in its log. Where QEMU can be told to stay
@@ -28,7 +28,10 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::outgoing::pause_postcopy;
-use super::settings::{Stream, default_parameters, next_change, set_capabilities, set_parameters};
+use super::settings::{
+    ANNOUNCE_ROUNDS_WHEN_LOADED, Stream, default_parameters, next_change, set_capabilities,
+    set_parameters,
+};
 use super::{MigrationStatus, Statistics, tls};
 use crate::machine::{Machine, RunState};
 use crate::process::Process;
@@ -183,7 +186,7 @@ pub async fn prepare(
         let made = tls::make_server(machine, settings).await;
         parameters.extend(made.map_err(step("TLS credentials"))?);
     }
-    parameters.insert("announce-rounds".to_owned(), json!(0));
+    parameters.insert("announce-rounds".to_owned(), json!(ANNOUNCE_ROUNDS_WHEN_LOADED));
     set_parameters(machine, parameters).await.map_err(step("parameters"))?;
     listen(machine, settings).await
 }

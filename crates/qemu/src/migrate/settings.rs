@@ -217,6 +217,13 @@ impl Stream {
     }
 }
 
+/// How often a guest that was loaded announces itself by QEMU's own doing, with the first `cont`; whoever sends `cont` has it
+/// done several times more ([`Machine::announce_self`]).
+///
+/// **Never 0.** Of a virtio network card whose driver can announce, loading frees the timer then (7.2.22 and 10.0.2), and
+/// QEMU dies by it (SIGSEGV in `timer_del`) when the guest is reset for the first time, be it days later.
+pub(super) const ANNOUNCE_ROUNDS_WHEN_LOADED: u64 = 1;
+
 /// Every parameter that is ever set here, as QEMU has it by itself (7.2, 10.0).
 pub(super) fn default_parameters(features: &Features) -> Map<String, Value> {
     let mut parameters = Map::new();

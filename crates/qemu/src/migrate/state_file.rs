@@ -17,7 +17,8 @@ use tokio::sync::watch;
 
 use super::incoming::IncomingError;
 use super::settings::{
-    Stream, bandwidth, default_parameters, next_change, set_capabilities, set_parameters,
+    ANNOUNCE_ROUNDS_WHEN_LOADED, Stream, bandwidth, default_parameters, next_change,
+    set_capabilities, set_parameters,
 };
 use super::{MigrationStatus, Statistics, outgoing};
 use crate::machine::{Machine, RunState};
@@ -152,7 +153,7 @@ pub async fn restore(machine: &Machine, file: &File, layout: Layout) -> Result<(
     set_capabilities(machine, &on).await.map_err(step("capabilities"))?;
     let mut parameters = default_parameters(machine.features());
     layout.stream().parameters(&mut parameters);
-    parameters.insert("announce-rounds".to_owned(), json!(0));
+    parameters.insert("announce-rounds".to_owned(), json!(ANNOUNCE_ROUNDS_WHEN_LOADED));
     set_parameters(machine, parameters).await.map_err(step("parameters"))?;
 
     let file = reopened(file, OpenOptions::new().read(true)).map_err(IncomingError::Open)?;
