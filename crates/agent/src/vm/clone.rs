@@ -19,7 +19,7 @@ use crate::host::Host;
 /// Makes a clone, as its definition's `origin` says. Its disks' sizes and layers are those of the other.
 ///
 /// # Errors
-/// `not-found`, `wrong-state` where the other does not stand still, or as [`super::create`].
+/// `not-found`, `wrong-state` where the other does not stand still, or as [`super::create()`].
 pub(super) async fn begin(
     host: &Arc<Host>,
     origin: Origin,

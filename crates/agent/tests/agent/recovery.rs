@@ -4,12 +4,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
+use whimbrel_api::VmId;
 use whimbrel_api::agent::{ListenAgain, OutgoingEnd, OutgoingRequest, RecoverOrder};
 use whimbrel_api::migration::{
     MigrationAction, PostcopyReport, PostcopyState, ReclaimRequest, Statement, Stay,
 };
 use whimbrel_api::vm::VmState;
-use whimbrel_api::{Phase, VmId};
 
 use crate::pair::{Pair, Try, with_pair, with_pair_of};
 use crate::place::{Life, eventually, kill, state};
@@ -291,7 +291,8 @@ fn what_qemu_keeps_of_a_migration_that_is_over_is_told() {
         pair.a.faults("copying-ms=20000");
         pair.calls.block_on(async {
             pair.begin(&one, &pair.a, &pair.b).await;
-            pair.phase(&one, &pair.a, Phase::Precopy).await;
+            // Memory goes: what QEMU is told before has been told.
+            eventually(async || pair.report(&one).await.progress.is_some()).await;
             pair.a.faults("copying-ms=20000 refuse:migrate-set-capabilities");
             pair.client(&pair.a).cancel_outgoing(one.id).await.unwrap();
             assert_eq!(pair.end(&one, &pair.a).await, OutgoingEnd::Stayed { why: Stay::Cancelled });

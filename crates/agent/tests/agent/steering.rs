@@ -27,7 +27,7 @@ impl Pair {
         flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
     }
 
-    async fn report(&self, one: &Try) -> OutgoingReport {
+    pub(crate) async fn report(&self, one: &Try) -> OutgoingReport {
         self.client(&self.a).outgoing(one.id).await.unwrap()
     }
 

@@ -17,6 +17,9 @@ use super::mirroring::Job;
 use super::vm::Vm;
 use super::{mirroring, tls};
 
+/// Requests of one connection that may wait: each mirror has one.
+const REQUESTS_MAX: usize = 64;
+
 /// What is known of the disks beyond the command line.
 #[derive(Default)]
 pub(super) struct Disks {
@@ -43,7 +46,7 @@ type Request = (String, oneshot::Sender<()>);
 
 /// A client's connection to an export.
 struct Connection {
-    requests: mpsc::UnboundedSender<Request>,
+    requests: mpsc::Sender<Request>,
     alive: watch::Receiver<bool>,
     size: u64,
 }
@@ -146,7 +149,7 @@ pub(super) async fn carry_over(vm: &Vm, source: &str, target: &str) -> Result<()
             let connection = connection.as_ref().ok_or_else(lost)?;
             let (answered, answer) = oneshot::channel();
             let line = json!({ "copied": path, "driver": driver }).to_string();
-            connection.requests.send((line, answered)).map_err(|_| lost())?;
+            connection.requests.try_send((line, answered)).map_err(|_| lost())?;
             Some(answer)
         }
         _ => None,
@@ -434,7 +437,7 @@ async fn connect(vm: &Arc<Vm>, options: &Value) -> Result<Connection, String> {
     if !own.is_null() {
         tls::check_server(&welcome, &own)?;
     }
-    let (requests, received) = mpsc::unbounded_channel();
+    let (requests, received) = mpsc::channel(REQUESTS_MAX);
     let (living, alive) = watch::channel(true);
     tokio::spawn(async move {
         // However it ends, it is lost.
@@ -448,7 +451,7 @@ async fn connect(vm: &Arc<Vm>, options: &Value) -> Result<Connection, String> {
 async fn converse(
     mut lines: Lines<BufReader<OwnedReadHalf>>,
     mut writer: OwnedWriteHalf,
-    mut requests: mpsc::UnboundedReceiver<Request>,
+    mut requests: mpsc::Receiver<Request>,
 ) -> std::io::Result<()> {
     loop {
         tokio::select! {

@@ -2,7 +2,7 @@
 //!
 //! Both are told by the rules alone, and neither can fail: what is not done yet is tried again. A guest that powers itself
 //! off, or panics, has nowhere to go: the migration ends here. One that reboots goes on, and so does the copy. What a guest
-//! has done last is told before it can be released ([`Departure::listen`](super::driver::Side::listen) hears events first);
+//! has done last is told before it can be released ([`Departure::listen`](crate::migrate::driver::Side::listen) hears events first);
 //! at the other end it is its new host's matter. Not here: the copy ([`super::copy`]), and the guest's start at the other end.
 
 use tracing::warn;
