@@ -43,6 +43,13 @@ fn disks(vm: &VmDefinition) -> Result<(), ApiError> {
     within("number of disks", vm.disks.len() as u64, 0, most as u64)?;
     let (mut names, mut files) = (HashSet::new(), HashSet::new());
     for disk in &vm.disks {
+        let what = format!("disk `{}`: bytes of its name", disk.name);
+        within(
+            &what,
+            disk.name.as_str().len() as u64,
+            1,
+            command_line::DISK_NAME_BYTES_MAX as u64,
+        )?;
         let what = format!("disk `{}`: size_bytes", disk.name);
         // An imported disk is as large as its image unless it says otherwise.
         if !(disk.import.is_some() && disk.size_bytes == 0) {
@@ -181,7 +188,7 @@ mod tests {
     #[test]
     fn what_is_out_of_bounds_is_refused() {
         type Spoil = fn(&mut VmDefinition);
-        let spoils: [(ErrorCode, Spoil); 19] = [
+        let spoils: [(ErrorCode, Spoil); 20] = [
             (ErrorCode::OutOfRange, |vm| vm.vcpus = 0),
             (ErrorCode::OutOfRange, |vm| vm.vcpus = 256),
             (ErrorCode::OutOfRange, |vm| vm.memory_bytes = 0),
@@ -192,6 +199,7 @@ mod tests {
             (ErrorCode::BadName, |vm| vm.machine = "pc-q35-7.2,accel=kvm".to_owned()),
             (ErrorCode::BadName, |vm| vm.machine = "x".repeat(65)),
             (ErrorCode::OutOfRange, |vm| vm.disks[0].size_bytes = 0),
+            (ErrorCode::OutOfRange, |vm| vm.disks[0].name = "d".repeat(27).parse().unwrap()),
             (ErrorCode::OutOfRange, |vm| vm.disks[0].size_bytes += 1),
             (ErrorCode::OutOfRange, |vm| vm.disks[0].size_bytes = 1 << 60),
             (ErrorCode::BadRequest, |vm| vm.disks.push(vm.disks[0].clone())),
