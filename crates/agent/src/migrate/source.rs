@@ -53,7 +53,7 @@ use whimbrel_qemu::process::Process;
 
 use self::asking::Asking;
 use self::copy::{CONFIRM_SECONDS, Copying, enter};
-use self::guest::{lay_out_credentials, remove_credentials};
+use self::guest::{lay_out_credentials, let_lock_memory, remove_credentials};
 use self::looking::Look;
 use self::news::SERVING_SILENT_SECONDS;
 use self::pause::Pause;
@@ -170,6 +170,7 @@ impl Departure {
         }
         let guest = host.vms.lend(request.vm, id).await?;
         let ready = async {
+            let_lock_memory(request, &guest)?;
             lay_out_credentials(host, &guest)?;
             Self::ready(host, id, request, &guest.ownership).await
         };

@@ -1,6 +1,7 @@
 //! How a copy under way is steered: by what is seen of it, by the clock, and by orders.
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use whimbrel_api::agent::{OutgoingEnd, OutgoingReport, RecoverOrder};
 use whimbrel_api::migration::{
     LiveSettings, MigrationAction, Postcopy, PostcopyBegin, PostcopySetting, Rung, Stay,
@@ -251,5 +252,40 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
         pair.assert_runs_on(vm, &a);
         pair.settle(&one, &pair.b);
         pair.assert_clean(&pair.b, &b);
+    });
+}
+
+/// Whether an agent may raise limits depends on where it runs: either it does, or it says so while nothing is begun.
+#[test]
+fn where_memory_may_not_be_locked_zero_copy_is_refused_and_nothing_is_begun() {
+    with_pair(|pair, a, b| {
+        let vm = pair.vm_on(&a);
+        let one = pair.try_to_move(vm, &a);
+        let mut way = Way::default();
+        (way.strategy.zerocopy, way.strategy.channels, way.strategy.tls) = (true, Some(2), false);
+        way.options.tls = false;
+        pair.a.faults("copying-ms=200000");
+        pair.calls.block_on(async {
+            let offer = pair.prepare_for(&one, &pair.a, &pair.b, &way).await.unwrap();
+            let unlimited = Rlimit { current: None, maximum: None };
+            let may = setrlimit(Resource::Memlock, unlimited).is_ok();
+            match pair.send_by(&one, &pair.a, &pair.b, offer, way).await {
+                Ok(_) => {
+                    assert!(may);
+                    pair.cancel_and_stay(&one).await;
+                }
+                Err(error) => {
+                    assert!(!may, "{error:?}");
+                    assert_eq!(error.code, ErrorCode::NoResources);
+                    assert!(error.hint.unwrap().contains("--zerocopy"));
+                }
+            }
+        });
+        pair.assert_runs_on(vm, &a);
+        pair.a.faults("");
+        pair.settle(&one, &pair.b);
+        pair.move_it(vm, (&pair.a, &a), &pair.b);
+        pair.assert_runs_on(vm, &b);
+        pair.assert_clean(&pair.a, &a);
     });
 }

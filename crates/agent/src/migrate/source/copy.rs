@@ -43,8 +43,6 @@ const CANCEL_ALONE_MS: u64 = 700;
 
 /// How often it is looked, in milliseconds, whether the guest's state is really on its way.
 const SENT_POLL_MS: u64 = 2;
-/// What a QEMU may lock for zero-copy, in bytes: no bound, as its guest's memory is all that it locks.
-const ZERO_COPY_LOCKED_BYTES: u64 = u64::MAX;
 
 /// What has been sent when a copy ends.
 pub(super) enum Sent {
@@ -163,11 +161,6 @@ impl Departure {
             report: self.report.clone(),
             control: self.steering.control(),
         };
-        if settings.zero_copy
-            && let Err(error) = guest.qemu.process.allow_locked_memory(ZERO_COPY_LOCKED_BYTES)
-        {
-            warn!(migration = %self.id, %error, "QEMU may not lock memory; it will refuse zero-copy");
-        }
         let stop_first = self.request.strategy.stop_first;
         if stop_first {
             self.pause.stopped = Some(now_us());

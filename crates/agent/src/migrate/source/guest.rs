@@ -6,6 +6,7 @@
 //! at the other end it is its new host's matter. Not here: the copy ([`super::copy`]), and the guest's start at the other end.
 
 use tracing::warn;
+use whimbrel_api::agent::OutgoingRequest;
 use whimbrel_api::error::chain;
 use whimbrel_api::migration::Stay;
 use whimbrel_api::{ApiError, ErrorCode};
@@ -111,6 +112,24 @@ impl Departure {
         }
         None
     }
+}
+
+/// What a QEMU may lock for zero-copy, in bytes: no bound, as its guest's memory is all that it locks.
+const ZERO_COPY_LOCKED_BYTES: u64 = u64::MAX;
+
+/// Lets QEMU lock the memory that it sends without a copy, if that is asked for: without it QEMU refuses, with everything begun.
+pub(super) fn let_lock_memory(
+    request: &OutgoingRequest,
+    guest: &RunningVm,
+) -> Result<(), ApiError> {
+    if !request.strategy.zerocopy {
+        return Ok(());
+    }
+    guest.qemu.process.allow_locked_memory(ZERO_COPY_LOCKED_BYTES).map_err(|error| {
+        let message = format!("QEMU may not be let lock its guest's memory: {error}");
+        ApiError::new(ErrorCode::NoResources, message)
+            .hint("leave `--zerocopy` out, or let the agent raise limits (CAP_SYS_RESOURCE)")
+    })
 }
 
 /// Gives QEMU the certificates for a migration.
