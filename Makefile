@@ -42,7 +42,8 @@ test: setup lint guest ## run all checks and tests, those with real QEMU include
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		$(CARGO) nextest run --workspace --all-features --locked; \
 	else \
-		$(CARGO) test --workspace --all-features --locked --lib --bins --tests --examples; \
+		$(CARGO) build --workspace --all-features --locked --examples; \
+		$(CARGO) test --workspace --all-features --locked --lib --bins --tests; \
 	fi
 
 # A toolchain without rustfmt or clippy can still run the tests; CI has both, and does not let them be missing. Links to
