@@ -1,6 +1,7 @@
 //! What is linked has a licence that goes with ours; `deny.toml` says the same to cargo-deny, which not everybody has.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::process::Command;
 
 use crate::{Finding, expect_none, tree};
@@ -78,11 +79,16 @@ fn check(line: &str) -> Option<Finding> {
 #[test]
 fn what_is_linked_has_a_welcome_licence() {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    // Its compiler is beside it, and `sudo` keeps no path to it.
+    let beside = Path::new(&cargo).parent().map(Path::to_owned).unwrap_or_default();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::env::join_paths(std::iter::once(beside).chain(std::env::split_paths(&path)));
     // `cargo tree` and not `cargo metadata`: the latter also lists optional packages that no feature turns on.
     let output = Command::new(cargo)
         .args(["tree", "--workspace", "--all-features", "--locked", "--edges", "normal,build,dev"])
         .args(["--target", "x86_64-unknown-linux-gnu", "--prefix", "none", "--format", "{p} | {l}"])
         .current_dir(tree::root())
+        .env("PATH", path.unwrap())
         .output()
         .expect("cargo is there: it has built this test");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
